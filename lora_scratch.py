@@ -94,6 +94,30 @@ DEFAULT_TARGETS = {  # the query and value projections of each architecture, as 
 }
 
 
+def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
+    """Paths of the linear layers whose own name is one of `targets`, outside the head.
+
+    Names are compared whole ("lin" is not "q_lin"); ["all-linear"] means every linear layer, None the default of
+    the architecture. `head` names the head's parameters. Raises InputError for a target that matches nothing, is
+    no linear layer or belongs to the head.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    linear = [path for path, m in modules.items() if isinstance(m, nn.Linear) and f"{path}.weight" not in head]
+    choice = ", ".join(sorted({leaf(path) for path in linear}))
+    if targets is None and model.config.model_type not in DEFAULT_TARGETS:
+        raise InputError(f"{model.config.model_type!r} has no default targets: choose with --targets among {choice}")
+    targets = targets or DEFAULT_TARGETS[model.config.model_type]
+    if targets == ["all-linear"]:
+        return linear
+    for target in targets:
+        found = [path for path in modules if leaf(path) == target]
+        if not set(found) & set(linear):
+            kind = type(modules[found[0]]).__name__ if found else ""
+            why = "matches nothing" if not found else "is the head" if kind == "Linear" else f"is a {kind}, not linear"
+            raise InputError(f"target {target!r} {why}; choose with --targets among {choice}")
+    return [path for path in linear if leaf(path) in targets]
+
+
 def inject_lora(
     model: nn.Module,
     head: list[str],
@@ -104,31 +128,12 @@ def inject_lora(
     use_rslora: bool = False,
     freeze_head: bool = False,
 ) -> list[str]:
-    """Wrap the linear layers whose own name is in `targets`, freeze all else but the head; return their paths.
-
-    Names are compared whole ("lin" is not "q_lin"); ["all-linear"] means every linear layer outside the head,
-    None the architecture's default. Raises InputError for a target that matches nothing, is no linear layer or
-    belongs to the head (whose parameters are named by `head`).
-    """
-    modules = {path: module for path, module in model.named_modules() if path}
-    linear = [path for path, m in modules.items() if isinstance(m, nn.Linear) and f"{path}.weight" not in head]
-    choice = ", ".join(sorted({leaf(path) for path in linear}))
-    if targets is None and model.config.model_type not in DEFAULT_TARGETS:
-        raise InputError(f"{model.config.model_type!r} has no default targets: choose with --targets among {choice}")
-    targets = targets or DEFAULT_TARGETS[model.config.model_type]
-    if targets == ["all-linear"]:
-        targets = list({leaf(path) for path in linear})
-    for target in targets:
-        found = [path for path in modules if leaf(path) == target]
-        if not set(found) & set(linear):
-            kind = type(modules[found[0]]).__name__ if found else ""
-            why = "matches nothing" if not found else "is the head" if kind == "Linear" else f"is a {kind}, not linear"
-            raise InputError(f"target {target!r} {why}; choose with --targets among {choice}")
+    """Wrap the target layers in LoRALinear and freeze all else but the head; return the wrapped paths."""
+    wrapped = find_targets(model, head, targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head and not freeze_head)
-    wrapped = [path for path in linear if leaf(path) in targets]
     for path in wrapped:
-        model.set_submodule(path, LoRALinear(modules[path], r, alpha, dropout, use_rslora))
+        model.set_submodule(path, LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora))
     return wrapped
 
 
@@ -508,10 +513,12 @@ def evaluate(model: nn.Module, pad_id: int, sentences: Sentences, args: argparse
 # --- Files ------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of the checkpoint; a reader refuses a number that it does not know
+FACTS = {"format", "base", "revision", "fingerprint", "label_names", "max_length"}  # what any reader needs
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it into place: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -522,24 +529,37 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def trained_tensors(base: Base) -> dict[str, Tensor]:
-    """What training made: LoRA as <module path>.lora_A and .lora_B, the head under the model's own names."""
-    state = base.model.state_dict()
-    return {k: v for k, v in state.items() if k.endswith((".lora_A", ".lora_B")) or k in base.head}
+def trained_tensors(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a model: <module path>.lora_A and .lora_B, and the head under its own names."""
+    return {k: v.cpu().clone() for k, v in state.items() if k.endswith((".lora_A", ".lora_B")) or k in head}
 
 
-def save_checkpoint(path: Path, base: Base, facts: dict) -> None:
+def save_checkpoint(path: Path, state: dict[str, Tensor], facts: dict) -> None:
     """Write adapter and head, with all that rebuilding needs as plain Python values beside them."""
-    state = {name: tensor.cpu().clone() for name, tensor in trained_tensors(base).items()}
-    checkpoint = {"format": FORMAT, "state_dict": state, "fingerprint": base.fingerprint, **facts}
-    write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
+    write_whole(path, lambda temporary: torch.save({"format": FORMAT, "state_dict": state, **facts}, temporary))
+
+
+def make_facts(args: argparse.Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
+    """What has to be known to rebuild the model, beside its tensors."""
+    return {
+        "base": args.model,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "label_names": label_names,
+        "max_length": args.max_length,
+        "targets": sorted({leaf(path) for path in wrapped}),
+        "r": args.r,
+        "alpha": args.alpha,
+        "dropout": args.dropout,
+        "use_rslora": args.use_rslora,
+    }
 
 
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
     """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
 
     `base_name` says where the base lies when the checkpoint's own name for it does not. Raises InputError for a
-    file that is no checkpoint, for tensors missing, left over or misshapen, and for another base.
+    file that is no checkpoint, for tensors missing, left over, misshapen or not finite, and for another base.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -547,31 +567,38 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
         raise InputError(f"{path}: no such checkpoint; python lora_scratch.py makes one") from error
     except Exception as error:  # whatever bytes these are: torch raises half a dozen types, all mean the same
         raise InputError(f"{path}: not a checkpoint of lora_scratch.py ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise InputError(f"{path}: not a checkpoint of lora_scratch.py (no format number)")
-    if checkpoint["format"] != FORMAT:
-        raise InputError(
-            f"{path}: format {checkpoint['format']!r}, but this version reads {FORMAT}; update the project"
-        )
-    name = base_name or checkpoint["base"]
-    revision = None if base_name else checkpoint["revision"]
-    base = load_base(name, revision, checkpoint["label_names"], checkpoint["max_length"])
-    if base.fingerprint != checkpoint["fingerprint"]:
-        theirs, ours = checkpoint["fingerprint"][:12], base.fingerprint[:12]
-        raise InputError(
-            f"{path} was trained on {checkpoint['base']!r} ({theirs}), but {name!r} is another base ({ours})"
-        )
-    settings = {k: checkpoint[k] for k in ("targets", "r", "alpha", "dropout", "use_rslora")}
+    base = load_trained_base(path, checkpoint, base_name)
+    settings = {key: checkpoint[key] for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
     inject_lora(base.model, base.head, **settings)
-    trained = trained_tensors(base)
-    for key in sorted(trained.keys() ^ checkpoint["state_dict"].keys()):
-        raise InputError(f"{path}: tensor {key!r} is {'missing' if key in trained else 'not expected'}")
-    for key, tensor in checkpoint["state_dict"].items():
-        if tensor.shape != trained[key].shape or not tensor.isfinite().all():
-            raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
-    base.model.load_state_dict(checkpoint["state_dict"], strict=False)  # both key lists were compared above
+    state = checkpoint["state_dict"]
+    check_tensors(path, state, trained_tensors(base.model.state_dict(), base.head))
+    base.model.load_state_dict(state, strict=False)  # strict in effect: both key lists have just been compared
     last_layer_for_cls_only(base.model)
     return base, checkpoint
+
+
+def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> Base:
+    """The base model that the facts of a checkpoint name, or `base_name`: refused unless it is the same base."""
+    missing = FACTS - facts.keys() if isinstance(facts, dict) else FACTS
+    if missing:
+        raise InputError(f"{path}: not made by this project ({', '.join(sorted(missing))} not in it)")
+    if facts["format"] != FORMAT:
+        raise InputError(f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update the project")
+    name = base_name or facts["base"]
+    base = load_base(name, None if base_name else facts["revision"], facts["label_names"], facts["max_length"])
+    if base.fingerprint != facts["fingerprint"]:
+        theirs, ours = facts["fingerprint"][:12], base.fingerprint[:12]
+        raise InputError(f"{path} was trained on {facts['base']!r} ({theirs}), but {name!r} is another base ({ours})")
+    return base
+
+
+def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise InputError unless both have the same keys and shapes and every number is finite."""
+    for key in sorted(found.keys() ^ expected.keys()):
+        raise InputError(f"{path}: tensor {key!r} is {'missing' if key in expected else 'not expected'}")
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape or not tensor.isfinite().all():
+            raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
 
 
 # --- The command line -------------------------------------------------------------------------------
@@ -651,9 +678,8 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     return parser
 
 
-def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags, fill in what depends on this machine, and seed: before anything random is built."""
-    args = parser.parse_args(argv)
+def start(args: argparse.Namespace) -> None:
+    """Fill in what depends on this machine, look at where the output goes, and seed: before anything random."""
     if args.model is None:
         here = Path(LOCAL_MODEL).is_dir()
         args.model, args.revision = (LOCAL_MODEL, None) if here else (DISTILBERT[0], args.revision or DISTILBERT[1])
@@ -673,16 +699,15 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if not os.access(args.output.parent, os.W_OK):  # better now than after the training
         raise InputError(f"--output {args.output}: no right to write there; name another file")
     torch.manual_seed(args.seed)
-    return args
 
 
-def describe(args: argparse.Namespace, model: nn.Module, head: list[str], wrapped: list[str]) -> dict:
+def describe(args: argparse.Namespace, parameters: dict[str, Tensor], head: list[str], wrapped: list[str]) -> dict:
     """Print the table of the start; return the beginning of the run's record, in plain Python values."""
     counts = {"lora": 0, "head": 0, "frozen base": 0}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         part = "lora" if "lora_" in name else "head" if name in head else "frozen base"
         counts[part] += parameter.numel()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     leaves = ", ".join(sorted({leaf(path) for path in wrapped}))
     notes = {"lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({leaves})"}
     notes |= {"head": "frozen at its random start" if args.freeze_head else "trained", "frozen base": args.model}
@@ -732,7 +757,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = start(make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt"), argv)
+    args = make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt").parse_args(argv)
+    start(args)
     if args.output.suffix != ".pt":
         raise InputError(f"--output {args.output}: give a file name that ends in .pt")
     train_set, eval_set, label_names = load_data(args)
@@ -740,23 +766,17 @@ def main(argv: list[str] | None = None) -> None:
     model, pad_id = base.model, base.tokenizer.pad_token_id
     train_set, eval_set = (tokenize(s, base.tokenizer, args.max_length) for s in (train_set, eval_set))
 
-    lora = {key: getattr(args, key) for key in ("r", "alpha", "dropout", "use_rslora")}
-    wrapped = inject_lora(model, base.head, args.targets, freeze_head=args.freeze_head, **lora)
-    lora["targets"] = sorted({leaf(path) for path in wrapped})
+    lora = {key: getattr(args, key) for key in ("r", "alpha", "dropout", "use_rslora", "freeze_head")}
+    wrapped = inject_lora(model, base.head, args.targets, **lora)
     last_layer_for_cls_only(model)
     cast_base(base, args.dtype)
     model.to(args.device)
-    record = describe(args, model, base.head, wrapped)
+    record = describe(args, dict(model.named_parameters()), base.head, wrapped)
 
     record["epochs"], losses = train(model, pad_id, train_set, eval_set, args)
 
-    facts = {
-        "base": args.model,
-        "revision": base.revision,
-        "label_names": label_names,
-        "max_length": args.max_length,
-    }
-    save_checkpoint(args.output, base, facts | lora | {"record": record})
+    facts = make_facts(args, base, label_names, wrapped)
+    save_checkpoint(args.output, trained_tensors(model.state_dict(), base.head), facts | {"record": record})
     base.tokenizer.save_pretrained(args.output.with_suffix(""))
     reloaded, _ = load_checkpoint(args.output)
     cast_base(reloaded, args.dtype)
