@@ -16,6 +16,7 @@ Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:210
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -25,21 +26,24 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
@@ -300,7 +304,8 @@ def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         raise InputError(f"--dataset {path}: give a folder or a file that ends in {', '.join(FORMATS)}")
     use_cache_if_offline()
     try:
-        return datasets.load_dataset(args.dataset, args.dataset_config, revision=args.dataset_revision)
+        revision = GLUE[2] if args.dataset == GLUE[0] else None
+        return datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         why = first_line(error)
         raise InputError(
@@ -421,73 +426,176 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):  # many CPUs know bfloat16 by name only: time it
-        x, w = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
-        laps = []
-        for _ in range(6):
-            start = time.perf_counter()
-            F.linear(x, w)
-            laps.append(time.perf_counter() - start)
-        seconds[dtype] = min(laps)
+        operands = {"x": torch.ones(256, 768, dtype=dtype), "w": torch.ones(768, 3072, dtype=dtype)}
+        seconds[dtype] = min(Timer("x @ w", globals=operands).timeit(1).mean for _ in range(5))
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
 def train(
     model: nn.Module, pad_id: int, train_set: Sentences, eval_set: Sentences, args: argparse.Namespace
 ) -> tuple[list[dict], list[float]]:
-    """Train what requires a gradient; one record for each epoch, and the loss of every step."""
-    device, dtype = next(model.parameters()).device, args.dtype
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Train what requires a gradient; one record for each epoch, and the loss of every step.
+
+    A training state is written every --save-every steps and after each epoch; --resume goes on from it as if
+    nothing had happened, on the CPU to the bit. Under torchrun every process computes its share of each batch.
+    """
+    device, dtype, (rank, ranks) = next(model.parameters()).device, args.dtype, rank_and_size()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set.label) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup * total_steps), total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    lengths = [len(ids) for ids in train_set.input_ids]
-    labels = torch.tensor(train_set.label)
-    epochs, losses = [], []
-    progress = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    lengths, labels = [len(ids) for ids in train_set.input_ids], torch.tensor(train_set.label)
+    state = TrainingState(args, train_set, trained, {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
+    epochs, losses, seconds = state.load() if args.resume else ([], [], 0.0)
+    if rank > 0:
+        torch.manual_seed(args.seed + rank)  # another dropout in every process
+    silent = rank > 0 or not sys.stderr.isatty()
+    progress = tqdm(total=total_steps, initial=len(losses), unit="step", disable=silent, dynamic_ncols=True)
 
-    for epoch in range(math.ceil(total_steps / steps_per_epoch)):
-        model.train()
-        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)  # another order in every epoch
-        batches = make_batches(lengths, args.batch_size, generator)[: total_steps - len(losses)]
-        start, seen = time.perf_counter(), 0
-        for batch in batches:
-            inputs = collate([train_set.input_ids[i] for i in batch], pad_id, device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(**inputs).logits
-            loss = F.cross_entropy(logits.float(), labels[batch].to(device))
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            scheduler.step()
+    with catch_signals() as caught:
+        for epoch in range(len(epochs), math.ceil(total_steps / steps_per_epoch)):
+            model.train()
+            generator = torch.Generator().manual_seed(1000 * args.seed + epoch)  # another order in every epoch
+            batches = make_batches(lengths, args.batch_size, generator)[: total_steps - epoch * steps_per_epoch]
+            done = len(losses) - epoch * steps_per_epoch  # what a resumed run has behind it in this epoch
+            start, seen = time.perf_counter() - seconds, sum(len(batch) for batch in batches[:done])
+            for batch in batches[done:]:
+                share, loss = batch[rank::ranks], torch.zeros((), device=device)
+                if share:  # of a short last batch a process may get nothing
+                    inputs = collate([train_set.input_ids[i] for i in share], pad_id, device)
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        logits = model(**inputs).logits
+                    loss = F.cross_entropy(logits.float(), labels[share].to(device)) * (len(share) / len(batch))
+                    scaler.scale(loss).backward()
+                if ranks > 1:
+                    loss = sum_over_ranks(loss, parameters)
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                scheduler.step()
 
-            losses.append(loss.detach())
-            seen += len(batch)
-            if len(losses) % args.log_every == 0 or len(losses) == total_steps:  # only now does a GPU have to wait
-                recent = torch.stack(losses[-args.log_every :]).mean().item()
-                rate, lr = seen / (time.perf_counter() - start), scheduler.get_last_lr()[0]
-                progress.set_postfix_str(f"loss {recent:.4f}, lr {lr:.1e}, {rate:.0f} sentences/s")
-                progress.update(len(losses) - progress.n)
-                if progress.disable and len(losses) % (10 * args.log_every) == 0:
-                    print(f"step {len(losses)}/{total_steps}  loss {recent:.4f}  lr {lr:.1e}  {rate:.0f} sentences/s")
-        seconds = time.perf_counter() - start
-        train_loss = torch.stack(losses[-len(batches) :]).mean().item()
-        eval_loss, correct = evaluate(model, pad_id, eval_set, args)
-        accuracy = 100 * correct / len(eval_set.label)
-        epochs.append({"epoch": epoch + 1, "steps": len(batches), "train_loss": train_loss, "eval_loss": eval_loss})
-        epochs[-1] |= {"accuracy": accuracy, "correct": correct, "total": len(eval_set.label)}
-        epochs[-1] |= {"seconds": seconds, "sentences_per_second": seen / seconds}
-        progress.clear()
-        print(
-            f"epoch {epoch + 1}: training loss {train_loss:.4f}, validation loss {eval_loss:.4f}, accuracy "
-            f"{accuracy:.2f} % ({correct}/{len(eval_set.label)}), {seconds:.1f} s"
-        )
+                losses.append(loss.detach())
+                seen += len(batch)
+                step, last = len(losses), len(losses) == epoch * steps_per_epoch + len(batches)
+                save = not last and (caught or step % args.save_every == 0)  # the last step's follows the evaluation
+                if save or last or step % args.log_every == 0:  # only now does a GPU have to wait
+                    recent, lr = torch.stack(losses[-args.log_every :]).tolist(), scheduler.get_last_lr()[0]
+                    if not all(map(math.isfinite, recent)):
+                        bad = step - sum(not math.isfinite(value) for value in recent) + 1
+                        raise InputError(f"step {bad}: the loss is not finite, near learning rate {lr:.1e}; lower --lr")
+                    rate, loss = seen / (time.perf_counter() - start), sum(recent) / len(recent)
+                    progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} sentences/s")
+                    progress.update(step - progress.n)
+                    if progress.disable and step % (10 * args.log_every) == 0:
+                        print(
+                            f"step {step}/{total_steps}  loss {loss:.4f}  lr {lr:.1e}  {rate:.0f} sentences/s",
+                            flush=True,
+                        )
+                if save:
+                    state.save(epochs, losses, time.perf_counter() - start, caught)
+            seconds = time.perf_counter() - start
+            train_loss = torch.stack(losses[-len(batches) :]).mean().item()
+            eval_loss, correct = evaluate(model, pad_id, eval_set, args)
+            accuracy = 100 * correct / len(eval_set.label)
+            epochs.append({"epoch": epoch + 1, "steps": len(batches), "train_loss": train_loss, "eval_loss": eval_loss})
+            epochs[-1] |= {"accuracy": accuracy, "correct": correct, "total": len(eval_set.label)}
+            epochs[-1] |= {"seconds": seconds, "sentences_per_second": seen / seconds}
+            progress.clear()
+            print(
+                f"epoch {epoch + 1}: training loss {train_loss:.4f}, validation loss {eval_loss:.4f}, accuracy "
+                f"{accuracy:.2f} % ({correct}/{len(eval_set.label)}), {seconds:.1f} s",
+                flush=True,
+            )
+            state.save(epochs, losses, seconds := 0.0, caught)
     progress.close()
+    if ranks > 1:
+        dist.destroy_process_group()
+        if rank > 0:
+            sys.exit()  # the first process saves, alone
     return epochs, [loss.item() for loss in losses]
+
+
+class TrainingState:
+    """What --resume needs, in a file beside the output: a few megabytes, and whole at any moment.
+
+    Adapter and head, optimiser, schedule, scaler, random generators, the position, and the settings, which have to
+    be the same again. The order of the sentences needs no place: seed and epoch decide it.
+    """
+
+    def __init__(self, args: argparse.Namespace, train_set: Sentences, trained: dict[str, Tensor], parts: dict):
+        self.path, self.trained, self.parts = args.output.with_suffix(".state"), trained, parts
+        free = ("resume", "save_every", "log_every")  # what may differ without changing the result
+        self.settings = {key: str(value) for key, value in vars(args).items() if key not in free}
+        data = str((train_set.input_ids, train_set.label)).encode()
+        self.settings["training data, as SHA-256"] = hashlib.sha256(data).hexdigest()
+
+    def save(self, epochs: list[dict], losses: list[Tensor], seconds: float, caught: list[int]) -> None:
+        """Write the state; where a signal was caught, say how to go on, and exit with 128 + its number."""
+        if rank_and_size()[0] == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"format": FORMAT, "settings": self.settings, "trained": self.trained, "epochs": epochs}
+            state |= {"losses": torch.stack(losses).cpu(), "seconds": seconds}
+            state |= {"generator": torch.get_rng_state(), "cuda_generators": torch.cuda.get_rng_state_all()}
+            write_whole(self.path, lambda temporary: torch.save(state, temporary))
+        if caught:
+            print(f"stopped after step {len(losses)}; the same command with --resume goes on from there", flush=True)
+            sys.exit(128 + caught[0])
+
+    def load(self) -> tuple[list[dict], list[Tensor], float]:
+        """Put everything back; returns the epochs' records, the losses and the seconds of the epoch under way."""
+        if not self.path.exists():
+            print(f"no training state {self.path} yet: starting from the beginning")
+            return [], [], 0.0
+        state = read_tensors(self.path)
+        if not isinstance(state, dict) or state.get("format") != FORMAT or "settings" not in state:
+            raise InputError(f"{self.path}: not a training state of this version; move it away to start anew")
+        for key in sorted(self.settings.keys() | state["settings"].keys()):
+            then, now = state["settings"].get(key), self.settings.get(key)
+            if then != now:
+                raise InputError(f"--resume: {key} was {then} and is now {now}; use the same, or leave out --resume")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["trained"][name])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["generator"])
+        torch.cuda.set_rng_state_all(state["cuda_generators"])
+        print(f"resumed after step {len(state['losses'])}")
+        return state["epochs"], list(state["losses"]), state["seconds"]
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step."""
+    caught = []
+    former = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number among those that torchrun started, and how many they are: 0 of 1 without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Add up loss and gradients over the processes: each has weighted its own by its share of the batch."""
+    parts = [loss.detach().reshape(1)]
+    parts += [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    flat = torch.cat(parts)  # a few megabytes: adapter and head only
+    dist.all_reduce(flat)
+    loss, *gradients = flat.split([part.numel() for part in parts])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return loss[0]
 
 
 @torch.inference_mode()
@@ -495,12 +603,16 @@ def predict(model: nn.Module, pad_id: int, input_ids: list[list[int]], batch_siz
     """Logits (sentences, labels) in float32, in the order given, batched by length inside."""
     model.eval()
     device = next(model.parameters()).device
-    logits = torch.empty(len(input_ids), model.config.num_labels)
-    for batch in make_batches([len(ids) for ids in input_ids], batch_size):
+    logits = torch.zeros(len(input_ids), model.config.num_labels)
+    rank, ranks = rank_and_size()
+    for batch in make_batches([len(ids) for ids in input_ids], batch_size)[rank::ranks]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = model(**collate([input_ids[i] for i in batch], pad_id, device)).logits
         logits[batch] = output.float().cpu()
-    return logits
+    if ranks > 1:
+        logits = logits.to(device)  # nccl adds up on the GPU, gloo on the CPU
+        dist.all_reduce(logits)  # every sentence was answered by one process, the others left zeros
+    return logits.cpu()
 
 
 def evaluate(model: nn.Module, pad_id: int, sentences: Sentences, args: argparse.Namespace) -> tuple[float, int]:
@@ -525,6 +637,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
+        raise InputError(f"cannot write {path} ({first_line(error)}); what stood there is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -541,18 +655,9 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], facts: dict) -> None:
 
 def make_facts(args: argparse.Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
     """What has to be known to rebuild the model, beside its tensors."""
-    return {
-        "base": args.model,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "label_names": label_names,
-        "max_length": args.max_length,
-        "targets": sorted({leaf(path) for path in wrapped}),
-        "r": args.r,
-        "alpha": args.alpha,
-        "dropout": args.dropout,
-        "use_rslora": args.use_rslora,
-    }
+    facts = {"base": args.model, "revision": base.revision, "fingerprint": base.fingerprint, "label_names": label_names}
+    facts |= {key: getattr(args, key) for key in ("max_length", "r", "alpha", "dropout", "use_rslora")}
+    return facts | {"targets": sorted({leaf(path) for path in wrapped})}
 
 
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
@@ -561,12 +666,7 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
     `base_name` says where the base lies when the checkpoint's own name for it does not. Raises InputError for a
     file that is no checkpoint, for tensors missing, left over, misshapen or not finite, and for another base.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint; python lora_scratch.py makes one") from error
-    except Exception as error:  # whatever bytes these are: torch raises half a dozen types, all mean the same
-        raise InputError(f"{path}: not a checkpoint of lora_scratch.py ({type(error).__name__})") from error
+    checkpoint = read_tensors(path)
     base = load_trained_base(path, checkpoint, base_name)
     settings = {key: checkpoint[key] for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
     inject_lora(base.model, base.head, **settings)
@@ -575,6 +675,16 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
     base.model.load_state_dict(state, strict=False)  # strict in effect: both key lists have just been compared
     last_layer_for_cls_only(base.model)
     return base, checkpoint
+
+
+def read_tensors(path: str | Path) -> object:
+    """What a file of torch.save holds, if it is tensors and plain values: code in it is refused, never run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; python lora_scratch.py makes one") from error
+    except Exception as error:  # whatever bytes these are: torch raises half a dozen types, all mean the same
+        raise InputError(f"{path}: not a file of lora_scratch.py, or a damaged one ({type(error).__name__})") from error
 
 
 def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> Base:
@@ -628,7 +738,6 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--revision", help="the Hub's revision of the base model (default: a pinned one for the default model)")
     add("--dataset", help=f"file, folder or Hub name (default: {LOCAL_DATA} if there, else {GLUE[0]})")
     add("--dataset-config", help=f"configuration of a Hub data set (default for {GLUE[0]}: {GLUE[1]})")
-    add("--dataset-revision", help="the Hub's revision of the data set (default: a pinned one for the default)")
     add("--text-column", default="sentence", help="column with the text (default: %(default)s)")
     add("--label-column", default="label", help="column with the label, number or text (default: %(default)s)")
     add("--label-names", nargs="+", metavar="NAME", help="names for integer labels, in their order")
@@ -674,6 +783,8 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the clearly fastest")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps a progress report (%(default)s)")
+    add("--save-every", type=number(int, 1), default=500, metavar="N", help="steps a training state (%(default)s)")
+    add("--resume", action="store_true", help="go on from the training state beside --output")
     add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")
     return parser
 
@@ -687,7 +798,6 @@ def start(args: argparse.Namespace) -> None:
         args.dataset = LOCAL_DATA if Path(LOCAL_DATA).is_dir() else GLUE[0]
     if args.dataset == GLUE[0]:
         args.dataset_config = args.dataset_config or GLUE[1]
-        args.dataset_revision = args.dataset_revision or GLUE[2]
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = choose_device(args.device)
@@ -698,6 +808,12 @@ def start(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: cannot make its folder ({error.strerror}); name another") from error
     if not os.access(args.output.parent, os.W_OK):  # better now than after the training
         raise InputError(f"--output {args.output}: no right to write there; name another file")
+    if "RANK" in os.environ:  # torchrun started several processes
+        if args.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all
     torch.manual_seed(args.seed)
 
 
@@ -721,13 +837,8 @@ def describe(args: argparse.Namespace, parameters: dict[str, Tensor], head: list
     precision = str(args.dtype).removeprefix("torch.")
     print(f"{'machine':12}{hardware}, {precision}; " + ", ".join(f"{k} {v}" for k, v in versions.items()), flush=True)
     settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in vars(args).items()}
-    return {
-        "settings": settings,
-        "versions": versions,
-        "hardware": hardware,
-        "precision": precision,
-        "parameters": counts | {"trained": trained},
-    }
+    record = {"settings": settings, "versions": versions, "hardware": hardware, "precision": precision}
+    return record | {"parameters": counts | {"trained": trained}}
 
 
 def finish(args: argparse.Namespace, record: dict, losses: list[float], correct: int, total: int, size: int) -> None:
