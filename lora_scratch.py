@@ -200,8 +200,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
             f"{name}: a tokenizer of {entries} entries does not fit {rows} embeddings; use the model's own"
         )
     limit = min(model.config.max_position_embeddings, tokenizer.model_max_length)
-    if max_length > limit:
-        raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {name} can read")
+    if not 3 <= max_length <= limit:
+        raise InputError(f"--max-length {max_length} is not between 3 and {limit}, the most that {name} can read")
     return Base(model, tokenizer, head, digest.hexdigest(), getattr(model.config, "_commit_hash", None))
 
 
@@ -426,8 +426,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):  # many CPUs know bfloat16 by name only: time it
-        operands = {"x": torch.ones(256, 768, dtype=dtype), "w": torch.ones(768, 3072, dtype=dtype)}
-        seconds[dtype] = min(Timer("x @ w", globals=operands).timeit(1).mean for _ in range(5))
+        layer = {"linear": nn.Linear(768, 768, dtype=dtype), "x": torch.ones(256, 768, dtype=dtype)}
+        seconds[dtype] = min(Timer("linear(x)", globals=layer).timeit(1).mean for _ in range(5))
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
@@ -450,6 +450,8 @@ def train(
     lengths, labels = [len(ids) for ids in train_set.input_ids], torch.tensor(train_set.label)
     state = TrainingState(args, train_set, trained, {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
     epochs, losses, seconds = state.load() if args.resume else ([], [], 0.0)
+    if len(losses) == total_steps:
+        print("this run is finished: there is nothing left to train")
     if rank > 0:
         torch.manual_seed(args.seed + rank)  # another dropout in every process
     silent = rank > 0 or not sys.stderr.isatty()
@@ -466,10 +468,11 @@ def train(
                 share, loss = batch[rank::ranks], torch.zeros((), device=device)
                 if share:  # of a short last batch a process may get nothing
                     inputs = collate([train_set.input_ids[i] for i in share], pad_id, device)
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = model(**inputs).logits
-                    loss = F.cross_entropy(logits.float(), labels[share].to(device)) * (len(share) / len(batch))
-                    scaler.scale(loss).backward()
+                    with name_what_did_not_fit(inputs):
+                        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                            logits = model(**inputs).logits
+                        loss = F.cross_entropy(logits.float(), labels[share].to(device)) * (len(share) / len(batch))
+                        scaler.scale(loss).backward()
                 if ranks > 1:
                     loss = sum_over_ranks(loss, parameters)
                 scaler.unscale_(optimizer)
@@ -570,6 +573,19 @@ class TrainingState:
 
 
 @contextlib.contextmanager
+def name_what_did_not_fit(inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Tell the shape of the batch where a GPU's memory ran out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sentences, tokens = inputs["input_ids"].shape
+        raise InputError(
+            f"out of memory at {sentences} sentences of {tokens} tokens; lower the batch size (--batch-size, "
+            "--eval-batch-size) or --max-length"
+        ) from error
+
+
+@contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step."""
     caught = []
@@ -606,9 +622,9 @@ def predict(model: nn.Module, pad_id: int, input_ids: list[list[int]], batch_siz
     logits = torch.zeros(len(input_ids), model.config.num_labels)
     rank, ranks = rank_and_size()
     for batch in make_batches([len(ids) for ids in input_ids], batch_size)[rank::ranks]:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = model(**collate([input_ids[i] for i in batch], pad_id, device)).logits
-        logits[batch] = output.float().cpu()
+        inputs = collate([input_ids[i] for i in batch], pad_id, device)
+        with name_what_did_not_fit(inputs), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits[batch] = model(**inputs).logits.float().cpu()
     if ranks > 1:
         logits = logits.to(device)  # nccl adds up on the GPU, gloo on the CPU
         dist.all_reduce(logits)  # every sentence was answered by one process, the others left zeros
@@ -625,7 +641,8 @@ def evaluate(model: nn.Module, pad_id: int, sentences: Sentences, args: argparse
 # --- Files ------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of the checkpoint; a reader refuses a number that it does not know
-FACTS = {"format", "base", "revision", "fingerprint", "label_names", "max_length"}  # what any reader needs
+FACTS = {"base": str, "revision": str | None, "fingerprint": str, "label_names": list, "max_length": int}
+LORA_FACTS = {"targets": list, "r": int, "alpha": int | float, "dropout": int | float, "use_rslora": bool}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -667,10 +684,12 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
     file that is no checkpoint, for tensors missing, left over, misshapen or not finite, and for another base.
     """
     checkpoint = read_tensors(path)
-    base = load_trained_base(path, checkpoint, base_name)
-    settings = {key: checkpoint[key] for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
-    inject_lora(base.model, base.head, **settings)
-    state = checkpoint["state_dict"]
+    check_facts(path, checkpoint, FACTS | LORA_FACTS | {"state_dict": dict})
+    base, state = load_trained_base(path, checkpoint, base_name), checkpoint["state_dict"]
+    try:
+        inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its settings do not fit its base ({first_line(error)})") from error
     check_tensors(path, state, trained_tensors(base.model.state_dict(), base.head))
     base.model.load_state_dict(state, strict=False)  # strict in effect: both key lists have just been compared
     last_layer_for_cls_only(base.model)
@@ -689,11 +708,7 @@ def read_tensors(path: str | Path) -> object:
 
 def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> Base:
     """The base model that the facts of a checkpoint name, or `base_name`: refused unless it is the same base."""
-    missing = FACTS - facts.keys() if isinstance(facts, dict) else FACTS
-    if missing:
-        raise InputError(f"{path}: not made by this project ({', '.join(sorted(missing))} not in it)")
-    if facts["format"] != FORMAT:
-        raise InputError(f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update the project")
+    check_facts(path, facts, FACTS)
     name = base_name or facts["base"]
     base = load_base(name, None if base_name else facts["revision"], facts["label_names"], facts["max_length"])
     if base.fingerprint != facts["fingerprint"]:
@@ -702,12 +717,26 @@ def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> B
     return base
 
 
+def check_facts(path: str | Path, facts: object, kinds: dict) -> None:
+    """Raise InputError unless `facts` is of our format and has a value of the right type for each name in `kinds`."""
+    found = facts if isinstance(facts, dict) else {}
+    if found.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{path}: format {found['format']!r}, but this version reads {FORMAT}; update the project")
+    for key, kind in ({"format": int} | kinds).items():
+        value = found.get(key, ...)
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(name, str) for name in value)):
+            raise InputError(f"{path}: not made by this project, or damaged: its {key!r} is missing or no such value")
+
+
 def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise InputError unless both have the same keys and shapes and every number is finite."""
-    for key in sorted(found.keys() ^ expected.keys()):
+    """Raise InputError unless both have the same keys, types and shapes and every number is finite."""
+    for key in sorted(found.keys() ^ expected.keys(), key=str):
         raise InputError(f"{path}: tensor {key!r} is {'missing' if key in expected else 'not expected'}")
     for key, tensor in found.items():
-        if tensor.shape != expected[key].shape or not tensor.isfinite().all():
+        like = expected[key]
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.layout) != (like.dtype, like.layout):
+            raise InputError(f"{path}: {key!r} is no plain tensor of {like.dtype}")
+        if tensor.shape != like.shape or not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
 
 

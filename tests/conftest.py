@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; run with -m gpu")
     if not config.option.markexpr:
         config.option.markexpr = "not slow and not gpu"
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny models: threads would only wait for one another
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,610 @@
+"""The data of lora_scratch.py: every kind of file, every mistake in one, the batches, and no network at all."""
+
+import contextlib
+import csv
+import gzip
+import http.client
+import io
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lora_scratch
+from lora_scratch import InputError, Sentences, collate, load_data, make_batches, make_parser, read_file, run, tokenize
+
+TSV, CSV = "sentence\tlabel\n", "sentence,label\n"
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the Hub, and none leaves tables in the user's cache."""
+    monkeypatch.setattr(lora_scratch, "use_cache_if_offline", lambda: None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
+def load(data: Path | str, *flags: str) -> tuple[Sentences, Sentences, list[str]]:
+    return load_data(make_parser("", "a.pt").parse_args(["--dataset", str(data), *flags]))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def texts(path: Path, *flags: str) -> set[str]:
+    """All sentences of a file, the held-out tenth among them."""
+    train_set, eval_set, _ = load(path, *flags)
+    return {*train_set.text, *eval_set.text}
+
+
+def refused(message: str, path: Path, *flags: str) -> None:
+    """The data is refused in one line that names the file and says `message`."""
+    with pytest.raises(InputError, match=message) as error:
+        load(path, *flags)
+    assert str(path) in str(error.value) and outcome(path, *flags) == "refused"
+
+
+def outcome(path: Path, *flags: str) -> str:
+    """As a user sees it: read, or refused with one line on standard error and exit code 2."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            run(lambda: load(path, *flags))
+    except SystemExit as stop:
+        assert stop.code == 2 and said.getvalue().startswith("error: ") and said.getvalue().count("\n") == 1
+        return "refused"
+    assert not said.getvalue()
+    return "read"
+
+
+# --- Every kind of file
+
+
+def test_a_quote_character_in_tsv_is_text(tmp_path: Path) -> None:
+    odd = ['"quoted"', 'he said "no', '"', '"unclosed', "it's", 'a ""double"" b', 'ends with "', "back\\slash"]
+    path = write(tmp_path / "a.tsv", TSV + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(odd)))
+    assert texts(path) == set(odd)
+
+
+def test_quoting_works_in_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", CSV + '"one, two",1\n"say ""no""",0\n"two\nlines",1\nit\'s,0\n')
+    assert texts(path) == {"one, two", 'say "no"', "two\nlines", "it's"}
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ",")])
+def test_words_for_nothing_and_numbers_stay_the_sentences_that_they_are(
+    name: str, separator: str, tmp_path: Path
+) -> None:
+    words = ["null", "NA", "None", "nan", "N/A", "NULL", "true", "False"]
+    rows = [f"{word}{separator}{i % 2}\n" for i, word in enumerate(words)]
+    assert texts(write(tmp_path / "words" / name, f"sentence{separator}label\n" + "".join(rows))) == set(words)
+    numbers = ["007", "1.0", "1e3", "-5", "1_000", "0x10", "12345678901234567890123", "inf"]
+    rows = [f"{number}{separator}{i % 2}\n" for i, number in enumerate(numbers)]
+    assert texts(write(tmp_path / "numbers" / name, f"sentence{separator}label\n" + "".join(rows))) == set(numbers)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_either_line_end_are_no_text(ending: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", "\ufeff" + (TSV + "a film\t1\nüber ☂ 好\t0\n").replace("\n", ending))
+    assert texts(path) == {"a film", "über ☂ 好"} and load(path)[2] == ["0", "1"]
+
+
+TABLE = {"sentence": [f"film {i}" for i in range(20)], "label": [0, 1] * 10}
+
+
+def as_file(kind: str, path: Path) -> Path:
+    """TABLE in one of the formats."""
+    table, path = datasets.Dataset.from_dict(TABLE), path / f"a.{kind}"
+    if kind in ("tsv", "csv"):
+        table.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind in ("jsonl", "json"):
+        table.to_json(path)
+    elif kind == "disk":
+        table.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "json", "parquet", "disk"])
+def test_every_format_reads_alike(kind: str, tmp_path: Path) -> None:
+    train_set, eval_set, names = load(as_file(kind, tmp_path))
+    pairs = zip(train_set.text + eval_set.text, train_set.label + eval_set.label, strict=True)
+    assert sorted(pairs) == sorted(zip(TABLE["sentence"], TABLE["label"], strict=True))
+    assert names == ["0", "1"] and train_set.input_ids == []
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("second", ["dev", "validation"])
+def test_a_folder_has_a_training_and_a_validation_file(second: str, kind: str, tmp_path: Path) -> None:
+    file, folder = as_file(kind, tmp_path), tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(file, folder / f"train.{kind}")
+    shutil.copy(file, folder / f"{second}.{kind}")
+    write(folder / "README.md", "not data")
+    write(folder / f"test.{kind}", "not read")
+    train_set, eval_set, _ = load(folder)
+    assert train_set.text == eval_set.text == TABLE["sentence"]
+
+
+@pytest.mark.parametrize("second", ["dev", "validation"])
+def test_a_saved_dataset_dict_keeps_its_splits(second: str, tmp_path: Path) -> None:
+    train, other = datasets.Dataset.from_dict(TABLE), datasets.Dataset.from_dict({"sentence": ["x"], "label": [1]})
+    datasets.DatasetDict({"train": train, second: other}).save_to_disk(tmp_path / "data")
+    train_set, eval_set, _ = load(tmp_path / "data")
+    assert train_set.text == TABLE["sentence"] and eval_set.text == ["x"] and eval_set.label == [1]
+
+
+def test_a_file_of_its_own_loses_a_tenth_by_seed_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "a.tsv", TSV + "".join(f"film {i}\t{i % 2}\n" for i in range(95)))
+    train_set, eval_set, _ = load(path)
+    assert len(eval_set.text) == len(eval_set.label) == 10 and len(train_set.text) == 85
+    assert not set(train_set.text) & set(eval_set.text) and len({*train_set.text, *eval_set.text}) == 95
+    for sentences in (train_set, eval_set):
+        assert all(int(text.split()[1]) % 2 == label for text, label in zip(sentences.text, sentences.label))  # noqa: B905
+    said = capsys.readouterr().out
+    assert str(path) in said and "10 rows are held out by seed 42" in said
+    assert load(path) == (train_set, eval_set, ["0", "1"])
+    assert set(load(path, "--seed", "43")[1].text) != set(eval_set.text)
+
+
+def test_a_changed_file_is_read_anew_even_if_its_time_did_not_change(tmp_path: Path) -> None:
+    for word in ("old", "new"):  # cp -p, tar and git archive set times, so equal ones are nothing rare
+        path = write(tmp_path / "a.tsv", TSV + f"{word} a\t1\n{word} b\t0\n")
+        os.utime(path, (1e9, 1e9))
+        assert texts(path) == {f"{word} a", f"{word} b"}
+
+
+def test_a_column_that_nobody_asked_for_may_hold_anything(tmp_path: Path) -> None:
+    rows = "a,1,3\n" * 6000 + "b,0,3\n" * 6000 + "b,0,\nb,0,none\n"  # pandas reads 10,000 rows at a time
+    assert texts(write(tmp_path / "a.csv", "sentence,label,score\n" + rows)) == {"a", "b"}
+
+
+def test_the_extension_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("A.TSV", "train.TSV"):
+        write(tmp_path / name, TSV + "a\t1\nb\t0\n")
+    (tmp_path / "A.TSV").rename(tmp_path.with_suffix(".TSV"))
+    assert texts(tmp_path.with_suffix(".TSV")) == {"a", "b"}
+    assert texts(tmp_path) == {"a", "b"}
+
+
+def test_a_sentence_of_a_megabyte_is_cut_and_nothing_else(tiny_base: Path, tmp_path: Path) -> None:
+    long = "film" + " " * 1_000_000 + "a cold film " * 1_000
+    folder = labelled(tmp_path / "data", [0, 1])
+    write(folder / "train.tsv", TSV + f"{long}\t1\na cold film\t0\n")
+    train_set, _, _ = load(folder)
+    assert train_set.text == [long, "a cold film"]
+    tokenizer = lora_scratch.load_base(str(tiny_base), None, ["a", "b"], 128).tokenizer
+    assert [len(ids) for ids in tokenize(train_set, tokenizer, 16).input_ids] == [16, 5]
+
+
+# --- Labels
+
+
+def labelled(path: Path, labels: list, separator: str = "\t") -> Path:
+    """A folder whose training and validation file have these labels, one sentence each."""
+    for name in ("train", "dev"):
+        rows = "".join(f"film {i}{separator}{label}\n" for i, label in enumerate(labels))
+        write(path / f"{name}.tsv", TSV + rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["pos", "neg", "neutral", "neg"], ["neg", "neutral", "pos"], [2, 0, 1, 0]),  # words, in alphabetical order
+        ([10, 9, 2, 10], ["2", "9", "10"], [2, 1, 0, 2]),  # whole numbers, by value
+        ([-1, 1, 0, -1], ["-1", "0", "1"], [0, 2, 1, 0]),
+        (["1", "x", "0", "x"], ["0", "1", "x"], [1, 2, 0, 2]),  # one word makes all of them words
+        (["1.5", "10", "9", "9"], ["1.5", "10", "9"], [0, 1, 2, 2]),
+        (["null", "NA", "null", "NA"], ["NA", "null"], [1, 0, 1, 0]),
+    ],
+)
+def test_labels_are_whole_numbers_or_words_and_are_sorted(
+    labels: list, names: list[str], indices: list[int], tmp_path: Path
+) -> None:
+    for sentences in load(labelled(tmp_path / "data", labels))[:2]:
+        assert sentences.label == indices
+    assert load(tmp_path / "data")[2] == names
+
+
+def test_equal_numbers_written_differently_have_one_order_in_every_process(tmp_path: Path) -> None:
+    names = load(labelled(tmp_path / "data", ["0" * i + "7" for i in range(12)]))[2]
+    assert names == sorted(names) and len(names) == 12  # a set has another order in every process
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "disk"])
+def test_class_labels_bring_their_own_names_and_order(kind: str, tmp_path: Path) -> None:
+    features = datasets.Features(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["zulu", "alpha"]))
+    table = datasets.Dataset.from_dict(TABLE, features=features)
+    if kind == "jsonl":  # which has no place for them
+        table.to_json(tmp_path / "a.jsonl")
+        assert load(tmp_path / "a.jsonl")[2] == ["0", "1"]
+        return
+    if kind == "parquet":
+        table.to_parquet(tmp_path / "a.parquet")
+    else:
+        table.save_to_disk(tmp_path / "a.disk")
+    train_set, _, names = load(tmp_path / f"a.{kind}")
+    assert names == ["zulu", "alpha"]
+    assert all(TABLE["label"][int(t.split()[1])] == label for t, label in zip(train_set.text, train_set.label))  # noqa: B905
+    assert load(tmp_path / f"a.{kind}", "--label-names", "bad", "good")[2] == ["bad", "good"]
+
+
+def test_label_names_are_counted(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "data", [0, 1, 2])
+    assert load(folder, "--label-names", "bad", "so so", "good")[2] == ["bad", "so so", "good"]
+    with pytest.raises(InputError, match=r"--label-names: 2 names for the 3 labels 0, 1, 2"):
+        load(folder, "--label-names", "bad", "good")
+
+
+def test_sst2_is_named_without_being_asked(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("data")  # the name of this test would be part of tmp_path
+    for name in ("SST-2", "my_sst2", "sst_2"):
+        assert load(labelled(tmp_path / name, [0, 1]))[2] == ["negative", "positive"]
+    assert load(tmp_path / "SST-2", "--label-names", "a", "b")[2] == ["a", "b"]
+    assert load(labelled(tmp_path / "others", [0, 1]))[2] == ["0", "1"]
+    assert load(labelled(tmp_path / "sst2", [0, 1, 2]))[2] == ["0", "1", "2"]
+    assert load(labelled(tmp_path / "words_sst2", ["no", "yes"]))[2] == ["no", "yes"]
+
+
+def test_a_label_that_only_the_validation_split_has_is_refused(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "data", [0, 1])
+    write(folder / "dev.tsv", TSV + "a\t1\nb\t7\n")
+    refused(r"label '7' .* not one of the training labels 0, 1", folder)
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    refused("the only label is '1'.* at least two", write(tmp_path / "a.tsv", TSV + "a\t1\nb\t1\n"))
+
+
+# --- Mistakes in the data
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "disk"])
+@pytest.mark.parametrize("flag", ["--text-column", "--label-column"])
+def test_a_missing_column_is_named_with_those_that_are_there(flag: str, kind: str, tmp_path: Path) -> None:
+    path = as_file(kind, tmp_path)
+    refused(r"no column 'review' but sentence, label; see --text-column and --label-column", path, flag, "review")
+
+
+def test_columns_may_have_other_names_and_another_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "stars,id,review\n5,1,007\n1,2,null\n")
+    assert texts(path, "--text-column", "review", "--label-column", "stars") == {"007", "null"}
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    refused("cannot be read|empty", write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "parquet", "disk"])
+def test_a_header_without_rows_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    features = datasets.Features(sentence=datasets.Value("string"), label=datasets.Value("int64"))
+    table = datasets.Dataset.from_dict({"sentence": [], "label": []}, features=features)
+    if kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "disk":
+        table.save_to_disk(path)
+    else:
+        write(path, TSV if kind == "tsv" else CSV)
+    refused("cannot be read|empty", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", TSV + "a\t1\nb\t0\tc\n", "line 3"),
+        ("a.csv", CSV + "a,1\nb,0,c\n", "line 3"),
+        ("a.tsv", TSV + "a\t1\tc\nb\t0\tc\n", "more fields than its header"),
+        ("a.csv", CSV + "a,1,c,d\nb,0\n", "more fields than its header"),
+        ("a.tsv", TSV + "a\t1\nb\nc\t0\n", r"training row 2: '' is no label"),
+        ("a.csv", CSV + 'a,1\n"b,0\nc,0\n', "EOF inside string"),
+        ("a.tsv", TSV + "a\t1\nb\t\n", r"training row 2: '' is no label"),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": "b"}\n', "training row 2: None is no label"),
+        ("a.jsonl", '{"sentence": "a", "label": 1.0}\n{"sentence": "b", "label": 0.5}\n', "row 1: 1.0 is no label"),
+        ("a.jsonl", '{"sentence": "a", "label": [1]}\n{"sentence": "b", "label": [0]}\n', r"row 1: \[1\] is no label"),
+        ("a.jsonl", '{"sentence": "a", "label": {"b": 1}}\n{"sentence": "b", "label": {"b": 2}}\n', "is no label"),
+        (
+            "a.jsonl",
+            '{"sentence": 7, "label": 1}\n{"sentence": 8, "label": 0}\n',
+            "row 1: 'sentence' is not text but 7",
+        ),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"label": 0}\n', "row 2: 'sentence' is not text but None"),
+        ("a.jsonl", '{"sentence": ["a"], "label": 1}\n{"sentence": ["b"], "label": 0}\n', "is not text but"),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read"),
+        ("a.jsonl", '{"sentence": "\\ud800", "label": 1}\n{"sentence": "b", "label": 0}\n', "cannot be read"),
+        ("a.json", "3", "cannot be read"),
+        ("a.tsv", TSV + " \t1\n\t0\n", "the training split is empty"),
+        ("a.tsv", TSV.encode() + b"caf\xe9\t1\nb\t0\n", "cannot be read.*utf-8"),
+        ("a.csv", CSV.encode() + b"a,1\n" * 200_000 + b"\xff,0\n", "cannot be read.*utf-8"),
+        ("a.tsv", (TSV + "a\t1\nb\t0\n").encode("utf-16"), "cannot be read.*utf-8"),
+        ("a.parquet", b"PAR1 and then nothing PAR1", "cannot be read"),
+        ("a.tsv", b"PK\x03\x04" + bytes(50), "cannot be read"),  # the start of a zip file
+        ("a.csv", gzip.compress(b"sentence,label\na,1\n", mtime=0)[:-4], "cannot be read"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_place(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    refused(message, write(tmp_path / name, content))
+
+
+def test_a_label_of_5000_digits_is_read_or_refused(tmp_path: Path) -> None:
+    assert outcome(labelled(tmp_path / "data", ["9" * 5000, "8" * 5000]))
+
+
+def test_a_row_of_the_validation_split_is_named_as_such(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "data", [0, 1])
+    write(folder / "dev.tsv", TSV + "a\t1\nb\t\n")
+    refused("validation row 2: '' is no label", folder)
+
+
+def test_nul_bytes_are_text(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.tsv", TSV + "a\0b\t1\nc\t0\n")) == {"a\0b", "c"}
+    assert texts(write(tmp_path / "a.csv", CSV + "a\0b,1\nc,0\n")) == {"a\0b", "c"}
+
+
+def test_blank_sentences_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = labelled(tmp_path / "data", [0, 1])
+    path = write(folder / "train.tsv", TSV + "a\t1\n\t0\n \u3000 \t1\nb\t0\n").parent
+    train_set, eval_set, _ = load(path)
+    assert train_set.text == ["a", "b"] and train_set.label == [1, 0] and len(eval_set.text) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{folder}: skipped 2 blank sentences of 4 in the training split"]
+
+
+@pytest.mark.parametrize("name", ["no_such_file.tsv", "no_such_folder", "note.txt", "folder", "data.csv.gz"])
+def test_a_wrong_path_is_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "note.txt", "text")
+    write(tmp_path / "folder" / "notes.tsv", TSV + "a\t1\nb\t0\n")
+    message = {"no_such_file.tsv": "no such file", "folder": "no training split"}.get(name, r"folder or a file.*\.tsv")
+    refused(message, tmp_path / name)
+
+
+def test_a_missing_training_split_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "dev.tsv", TSV + "a\t1\nb\t0\n")
+    refused("no training split", path.parent)
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(TABLE)).save_to_disk(tmp_path / "disk")
+    refused("no training split", tmp_path / "disk")
+
+
+def test_two_files_for_one_split_are_refused_instead_of_choosing(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", CSV + "z,1\ny,0\n")
+    write(tmp_path / "train.tsv", TSV + "a\t1\nb\t0\n")
+    refused("train", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [None, b"not what it should be"])
+def test_a_damaged_saved_data_set_is_refused(name: str, content: bytes | None, tmp_path: Path) -> None:
+    path = as_file("disk", tmp_path)
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    refused("cannot be read|no training split", path)
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        RuntimeError("Dataset scripts are no longer supported, but found glue.py\nmore"),  # what datasets says to many
+        datasets.exceptions.DatasetNotFoundError("Dataset 'some/set' doesn't exist on the Hub"),
+        ConnectionError("Couldn't reach 'some/set' on the Hub"),
+    ):
+
+        def fail(*_, error: Exception = error, **__) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        refused(r"cannot load the data set 'some/set' .*--dataset", Path("some/set"))
+
+
+def test_train_samples_are_a_random_subset_by_seed(tmp_path: Path) -> None:
+    path = labelled(tmp_path / "data", [0, 1] * 30)
+    whole = load(path)[0]
+    some, again, other = (load(path, "--train-samples", "20", *flags)[0] for flags in ([], [], ["--seed", "7"]))
+    assert len(some.text) == len(set(some.text)) == 20 and set(some.text) < set(whole.text)
+    assert set(some.text) != set(whole.text[:20]) and some == again and set(some.text) != set(other.text)
+    assert all(int(text.split()[1]) % 2 == label for text, label in zip(some.text, some.label))  # noqa: B905
+    more = load(path, "--train-samples", "1000")[0]
+    assert len(more.text) == 60 and len(load(path, "--train-samples", "20")[1].text) == 60
+
+
+# --- Any table at all
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+MANY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+
+@settings(MANY, max_examples=30)
+@given(table=st.lists(st.lists(ANY_TEXT | st.sampled_from(["0", "1", '"', "\t", "\n", "\r"]), max_size=4), max_size=6))
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_any_table_is_read_or_refused(name: str, tmp_path: Path, table: list[list[str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t" if name == "a.tsv" else ",", quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerows([["sentence", "label"], *table] if len(table) % 2 else table)
+    outcome(write(tmp_path / name, text.getvalue()))
+
+
+@settings(MANY, max_examples=40)
+@given(content=st.binary(max_size=60), head=st.booleans())
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl", "a.parquet"])
+def test_any_bytes_are_read_or_refused(name: str, tmp_path: Path, content: bytes, head: bool) -> None:
+    outcome(write(tmp_path / name, (TSV if name == "a.tsv" else CSV).encode() * head + content))
+
+
+@settings(MANY, max_examples=60)
+@given(rows=st.lists(st.tuples(ANY_TEXT, ANY_TEXT.filter(bool)), min_size=1, max_size=8), crlf=st.booleans())
+def test_well_formed_csv_comes_back_unchanged(tmp_path: Path, rows: list[tuple[str, str]], crlf: bool) -> None:
+    text = io.StringIO()
+    ends = {"lineterminator": "\r\n"} if crlf else {"lineterminator": "\n", "quoting": csv.QUOTE_ALL}
+    csv.writer(text, **ends).writerows([("sentence", "label"), *rows])
+    table = read_file(write(tmp_path / "a.csv", text.getvalue()), ["sentence", "label"])
+    assert list(zip(table["sentence"], table["label"], strict=True)) == rows
+
+
+# --- Batches
+
+LENGTHS = st.lists(st.integers(1, 128), max_size=300)
+
+
+@settings(MANY, max_examples=60)
+@given(lengths=LENGTHS, size=st.integers(1, 40), seed=st.integers(0, 1000) | st.none())
+def test_batches_hold_every_index_once_and_one_is_short_at_most(
+    lengths: list[int], size: int, seed: int | None
+) -> None:
+    def again() -> list[list[int]]:
+        return make_batches(lengths, size, None if seed is None else torch.Generator().manual_seed(seed))
+
+    batches = again()
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / size)
+    assert sum(len(batch) < size for batch in batches) <= 1 and all(batches)
+    assert batches == again()
+    if seed is None:
+        flat = [lengths[i] for batch in batches for i in batch]
+        assert flat == sorted(lengths, reverse=True)
+
+
+def test_another_epoch_has_another_order_and_other_batches() -> None:
+    lengths = [i % 30 + 3 for i in range(2000)]
+    one, two = (make_batches(lengths, 16, torch.Generator().manual_seed(seed)) for seed in (42000, 42001))
+    assert one != two and {frozenset(batch) for batch in one} != {frozenset(batch) for batch in two}
+    assert {len(batch) for batch in one} == {16}
+    one_window = make_batches(lengths[:800], 16, torch.Generator().manual_seed(0))
+    longest = [max(lengths[i] for i in batch) for batch in one_window]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)  # short and long come mixed
+
+
+def test_batches_pad_little() -> None:
+    generator = torch.Generator().manual_seed(0)  # lengths as in SST-2: mostly short, mean 12, a few up to 60
+    lengths = (3 + torch.empty(10_000).exponential_(1 / 9, generator=generator)).clamp(max=60).int().tolist()
+
+    def share(batches: list[list[int]]) -> float:
+        return sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths)
+
+    assert share([list(range(i, i + 16)) for i in range(0, 9984, 16)]) > 2
+    assert share(make_batches(lengths, 16, generator)) <= 1.1
+    assert share(make_batches(lengths, 16)) <= 1.02
+
+
+def test_collate_pads_to_the_longest_of_the_batch() -> None:
+    inputs = collate([[2, 7, 3], [2, 8, 9, 5, 3], [4]], 9, torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[2, 7, 3, 9, 9], [2, 8, 9, 5, 3], [4, 9, 9, 9, 9]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert inputs.keys() == {"input_ids", "attention_mask"} and inputs["input_ids"].dtype == torch.int64
+
+
+# --- No network
+
+REAL_ASK = lora_scratch.use_cache_if_offline
+TIMED = """
+import time, lora_scratch
+start = time.monotonic()
+try:
+    lora_scratch.run(lora_scratch.main)
+finally:
+    print(time.monotonic() - start)
+"""
+
+
+def test_without_a_network_it_ends_within_ten_seconds_in_one_line(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(lora_scratch.__file__).parent)}
+    silent = socket.create_server(("127.0.0.1", 0))  # takes the connection and never answers; port 9 refuses it
+    runs = {}
+    for missing, flags, port in (("model", ["--dataset", tiny_data], 9), ("data", ["--model", tiny_base], silent)):
+        port = port if port == 9 else silent.getsockname()[1]
+        proxies = {f"{kind}_proxy": f"http://127.0.0.1:{port}" for kind in ("http", "https", "all")}
+        proxies |= {name.upper(): proxy for name, proxy in proxies.items()} | {"no_proxy": "", "NO_PROXY": ""}
+        command = [sys.executable, "-c", TIMED, *flags, "--output", tmp_path / missing / "a.pt"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs[missing] = subprocess.Popen([str(x) for x in command], env=environment | proxies, cwd=tmp_path, **pipes)
+    answers = {missing: (*process.communicate(timeout=120), process.returncode) for missing, process in runs.items()}
+    silent.close()
+    for missing, name, remedy in (
+        ("model", "base model 'distilbert/distilbert-base-uncased'", "name a local folder or another model"),
+        ("data", "data set 'nyu-mll/glue'", "name a local one with --dataset"),
+    ):
+        output, error, code = answers[missing]
+        assert code == 2 and error.startswith(f"error: cannot load the {name}") and remedy in error, error
+        assert error.count("\n") == 1 and "Traceback" not in error
+        assert float(output.splitlines()[-1]) < 10
+    assert list(tmp_path.rglob("*.pt")) == []
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real question to the Hub, asked anew, with the answer undone afterwards."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    REAL_ASK.cache_clear()
+    yield
+    REAL_ASK.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "offline"),
+    [
+        (None, False),
+        (urllib.error.HTTPError("", 503, "busy", None, None), False),
+        (urllib.error.URLError("name or service not known"), True),
+        (TimeoutError("timed out"), True),
+        (http.client.BadStatusLine("not HTTP"), True),  # a captive portal
+        (ValueError("unknown url type"), True),  # a misspelt HF_ENDPOINT
+    ],
+)
+def test_any_answer_but_an_http_one_means_offline_and_nothing_is_printed(
+    answer: Exception | None, offline: bool, ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, crashed = [], []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        asked.append(timeout)
+        if answer is not None:
+            raise answer
+        return io.BytesIO()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(threading, "excepthook", crashed.append)
+    REAL_ASK(), REAL_ASK()
+    assert asked == [5]  # once
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is offline
+    assert crashed == []
+
+
+def test_a_name_look_up_that_hangs_is_not_waited_for(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"late" * free.wait(60)))
+    real_join = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda self, seconds: real_join(self, seconds / 50))
+    start = time.monotonic()
+    REAL_ASK()
+    assert time.monotonic() - start < 5 and huggingface_hub.constants.HF_HUB_OFFLINE is True
+    free.set()
+
+
+def test_a_user_who_is_offline_on_purpose_is_not_asked_for(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # HF_HUB_OFFLINE=1
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    crashed = []
+    monkeypatch.setattr(threading, "excepthook", crashed.append)
+    REAL_ASK()
+    assert crashed == [] and huggingface_hub.constants.HF_HUB_OFFLINE is True

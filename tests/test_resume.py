@@ -1,0 +1,230 @@
+"""Nothing is lost: runs that are stopped, killed or out of disk go on to the same bits, in both scripts."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_peft
+import lora_scratch
+from lora_scratch import InputError
+
+SCRIPTS = {"lora_scratch.py": "adapter.pt", "lora_peft.py": "adapter"}
+
+
+def command(script: str, base: Path, data: Path, output: Path, *extra: str) -> list[str]:
+    """A run of 60 steps, long enough to be interrupted, with a state every 3 steps."""
+    flags = ["--model", base, "--dataset", data, "--output", output, "--epochs", "20", "--lr", "0.01"]
+    path = Path(lora_scratch.__file__).with_name(script)
+    return [str(x) for x in (sys.executable, path, *flags, "--save-every", "3", "--threads", "1", *extra)]
+
+
+def tensors(output: Path) -> dict[str, torch.Tensor]:
+    """The adapter of a finished run, in either format."""
+    if output.suffix == ".pt":
+        return torch.load(output, weights_only=True)["state_dict"]
+    return load_file(output / "adapter_model.safetensors")
+
+
+def same_bits(one: Path, two: Path) -> bool:
+    first, second = tensors(one), tensors(two)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("stop_at", [2, 7, 9])  # inside the first epoch, inside another, at the end of one
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    script: str, stop_at: int, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = {"lora_scratch.py": lora_scratch.main, "lora_peft.py": lora_peft.main}[script]
+    outputs = [tmp_path / folder / SCRIPTS[script] for folder in ("whole", "stopped")]
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--epochs", "5", "--lr", "0.01"]
+    main([*flags, "--output", str(outputs[0])])
+    collate, calls = lora_scratch.collate, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return collate(*args)
+
+    monkeypatch.setattr(lora_scratch, "collate", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--output", str(outputs[1])])
+    assert stopped.value.code == 130 and not outputs[1].exists()
+    monkeypatch.setattr(lora_scratch, "collate", collate)
+    main([*flags, "--output", str(outputs[1]), "--resume"])
+    assert same_bits(*outputs)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resume_says_what_it_does(tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--max-steps", "4", "--resume"]
+    flags += ["--output", str(tmp_path / "a.pt")]
+    lora_scratch.main(flags)
+    assert "starting from the beginning" in capsys.readouterr().out
+    before = (tmp_path / "a.pt").read_bytes()
+    lora_scratch.main(flags)
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "a.pt").read_bytes() == before
+    with pytest.raises(InputError, match=r"lr was 0\.0002 and is now 0\.1"):
+        lora_scratch.main([*flags, "--lr", "0.1"])
+    with pytest.raises(InputError, match="train_samples was None and is now 10"):
+        lora_scratch.main([*flags, "--train-samples", "10"])
+
+
+def test_other_training_data_under_the_same_name_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\n" + "a warm film\t1\na cold film\t0\n" * 20, encoding="utf-8")
+    flags = ["--model", str(tiny_base), "--dataset", str(data), "--max-steps", "4", "--output", str(tmp_path / "a.pt")]
+    lora_scratch.main(flags)
+    data.write_text("sentence\tlabel\n" + "a cold film\t1\na warm film\t0\n" * 20, encoding="utf-8")
+    with pytest.raises(InputError, match="training data"):
+        lora_scratch.main([*flags, "--resume"])
+
+
+def test_running_out_of_gpu_memory_names_the_batch(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", explode)
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--output", str(tmp_path / "a.pt")]
+    with pytest.raises(InputError, match=r"out of memory at 16 sentences of \d+ tokens; lower .*--max-length"):
+        lora_scratch.main(flags)
+
+
+@pytest.mark.parametrize("content", [b"text", b""])
+def test_a_damaged_state_is_refused(content: bytes, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.state").write_bytes(content)
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--resume", "--output", str(tmp_path / "a.pt")]
+    with pytest.raises(InputError, match=r"a\.state"):
+        lora_scratch.main(flags)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.nn.functional.cross_entropy, []
+
+    def explode(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", explode)
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--save-every", "2", "--lr", "0.01"]
+    with pytest.raises(InputError, match=r"step 3: the loss is not finite.*learning rate .*--lr"):
+        lora_scratch.main([*flags, "--output", str(tmp_path / "a.pt")])
+    state = torch.load(tmp_path / "a.state", weights_only=True)
+    assert len(state["losses"]) == 2 and all(t.isfinite().all() for t in state["trained"].values())
+    assert not (tmp_path / "a.pt").exists()
+
+
+def child(script: str, arguments: list[str]) -> None:
+    """A process of its own, forked from a server that has the imports behind it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    importlib.import_module(script.removesuffix(".py")).main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stopped_at_20_random_moments_it_loses_nothing(
+    script: str, number: int, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time a fresh run, hit between 30 and 90 % of an undisturbed one, then resumed until it is finished."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(lora_scratch.__file__).parent))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_scratch", "lora_peft"])
+
+    def start(output: Path, *extra: str) -> multiprocessing.Process:
+        arguments = command(script, tiny_base, tiny_data, output, "--epochs", "60", *extra)[2:]
+        process = context.Process(target=child, args=(script, arguments))
+        process.start()
+        return process
+
+    whole, hits, chance = tmp_path / "whole" / SCRIPTS[script], 0, random.Random(0)
+    for _ in range(2):  # the first waits for the imports
+        started = time.monotonic()
+        process = start(whole)
+        process.join()
+        seconds = time.monotonic() - started
+        assert process.exitcode == 0
+    for trial in range(20):
+        output = tmp_path / str(trial) / SCRIPTS[script]
+        process = start(output)
+        process.join(chance.uniform(0.3, 0.9) * seconds)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+        process.join()
+        # Before the loop begins SIGTERM ends a process as always; in it the step is finished and saved.
+        assert process.exitcode in ((0, -number) if number == signal.SIGKILL else (0, -number, 128 + number))
+        hits += process.exitcode != 0
+        if process.exitcode != 0:
+            process = start(output, "--resume")
+            process.join()
+            assert process.exitcode == 0
+        assert same_bits(whole, output)
+    print(f"{script}: stopped by signal {number} {hits} times, nothing lost")
+    assert hits >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_how_to_go_on(
+    number: int, code: int, tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    arguments = command("lora_scratch.py", tiny_base, tiny_data, tmp_path / "a.pt", "--epochs", "2000")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("epoch 1:"):
+            pass
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors == ""
+    assert output.splitlines()[-1].startswith("stopped after step") and "--resume" in output.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    lora_scratch.write_whole(path, lambda p: p.write_bytes(b"the first"))
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        lora_scratch.write_whole(path, lambda p: p.write_bytes(b"the second"))
+    assert path.read_bytes() == b"the first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_reality(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The output on a tmpfs with room for one state but not for two: the run ends with one line and the state stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=112k", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("may not mount a tmpfs here (needs root)")
+    try:
+        arguments = command("lora_scratch.py", tiny_base, tiny_data, disk / "adapter.pt")
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "what stood there is whole" in done.stderr and done.stderr.count("\n") == 1
+        state = torch.load(disk / "adapter.state", weights_only=True)
+        assert state["format"] == 1 and len(state["losses"]) > 0
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        subprocess.run([*arguments, "--resume"], check=True, stdout=subprocess.DEVNULL)
+        whole = tmp_path / "whole" / "adapter.pt"
+        subprocess.run(command("lora_scratch.py", tiny_base, tiny_data, whole), check=True, stdout=subprocess.DEVNULL)
+        assert same_bits(whole, disk / "adapter.pt")
+    finally:
+        subprocess.run(["umount", disk], check=False)
