@@ -28,10 +28,12 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -76,11 +78,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (N, in): one row per token, so that one addmm_ can follow
+        rows = x.reshape(-1, x.shape[-1])  # (N, in): one row per token, so that one addmm_ can follow
         y = self.base(rows)  # (N, out)
         down = F.linear(self.dropout(rows), self.lora_A.to(rows.dtype))  # (N, r)
         y.addmm_(down.to(y.dtype), self.lora_B.t().to(y.dtype), alpha=self.scaling)  # no second (N, out) tensor
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -182,7 +184,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, **source, **labels, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever is wrong with its files: each of the libraries raises its own
         why = first_line(error)
         raise InputError(
             f"cannot load the base model {name!r} ({why}); name a local folder or another model"
@@ -199,7 +201,9 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         raise InputError(
             f"{name}: a tokenizer of {entries} entries does not fit {rows} embeddings; use the model's own"
         )
-    limit = min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    places = [m for path, m in model.named_modules() if leaf(path) == "position_embeddings"]
+    reserved = sum(m.padding_idx + 1 for m in places if m.padding_idx is not None)  # RoBERTa counts from there
+    limit = min(model.config.max_position_embeddings - reserved, tokenizer.model_max_length)
     if not 3 <= max_length <= limit:
         raise InputError(f"--max-length {max_length} is not between 3 and {limit}, the most that {name} can read")
     return Base(model, tokenizer, head, digest.hexdigest(), getattr(model.config, "_commit_hash", None))
@@ -208,15 +212,16 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
 @functools.cache
 def use_cache_if_offline() -> None:
     """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute before they say no."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
     answers = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # an answer all the same
-        except OSError:
-            return
+        except Exception as error:  # no network, no such name, a captive portal, a misspelt address
+            if not isinstance(error, urllib.error.HTTPError):  # which is an answer all the same
+                return
         answers.append(True)
 
     thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout: do not wait for it
@@ -273,15 +278,19 @@ class Sentences(NamedTuple):
     input_ids: list[list[int]]  # token numbers, without padding
 
 
-def read_file(path: Path, columns: list[str]) -> datasets.Dataset:
+def read_file(path: Path) -> datasets.Dataset:
     """One table; every field of a TSV or CSV file stays the text that it is."""
     kind, options = FORMATS[path.suffix.lower()], {}
-    if kind == "csv":  # no guessing: "null" and "NA" are words, "007" is text; GLUE's TSV knows no quoting, CSV does
-        options = {"na_filter": False, "encoding": "utf-8-sig", "converters": dict.fromkeys(columns, str)}
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
+        if kind == "csv":  # no guessing: "null" and "NA" are words, "007" is text
+            tsv = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}  # as in GLUE
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                columns = next(filter(None, csv.reader(file, **tsv)), [])
+            options = {"na_filter": False, "encoding": "utf-8-sig", "converters": dict.fromkeys(columns, str), **tsv}
+        with tempfile.TemporaryDirectory() as cache:  # a kept cache would not notice every change of the file
+            options |= {"cache_dir": cache, "keep_in_memory": True}
+            table = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:  # each parser raises its own
         raise InputError(f"{path}: cannot be read ({first_line(error.__cause__ or error)}); mend the file") from error
     if "__index_level_0__" in table.column_names:  # pandas took a first column without a name for row names
         raise InputError(f"{path}: its rows have more fields than its header has names; mend the file")
@@ -290,27 +299,31 @@ def read_file(path: Path, columns: list[str]) -> datasets.Dataset:
 
 def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """The splits of a folder, a file or a Hub data set, under their own names."""
-    path, columns = Path(args.dataset), [args.text_column, args.label_column]
-    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        data = datasets.load_from_disk(path)
-        return data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    if path.is_dir():
-        return {f.stem: read_file(f, columns) for f in path.iterdir() if f.suffix in FORMATS and f.stem in SPLITS}
-    if path.suffix.lower() in FORMATS:
-        if not path.is_file():
-            raise InputError(f"--dataset {path}: no such file")
-        return {"train": read_file(path, columns)}
-    if path.exists() or args.dataset.startswith((".", "/", "~")):
-        raise InputError(f"--dataset {path}: give a folder or a file that ends in {', '.join(FORMATS)}")
-    use_cache_if_offline()
+    path = Path(args.dataset)
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by save_to_disk
+    if path.is_dir() and not saved:
+        files = [f for f in sorted(path.iterdir()) if f.stem in SPLITS and f.suffix.lower() in FORMATS]
+        if len({f.stem for f in files}) < len(files):
+            raise InputError(f"{path}: two files for one split ({', '.join(f.name for f in files)}); move one away")
+        return {f.stem: read_file(f) for f in files}
+    if path.is_file() and path.suffix.lower() in FORMATS:
+        return {"train": read_file(path)}
+    if not saved and (path.exists() or path.suffix.lower() in FORMATS or args.dataset.startswith((".", "/", "~"))):
+        what = "not read here" if path.is_file() else "no such file"
+        raise InputError(f"--dataset {path}: {what}; give a folder or a file that ends in {', '.join(FORMATS)}")
     try:
-        revision = GLUE[2] if args.dataset == GLUE[0] else None
-        return datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        if saved:
+            data = datasets.load_from_disk(path)
+        else:
+            use_cache_if_offline()
+            revision = GLUE[2] if args.dataset == GLUE[0] else None
+            data = datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
+    except Exception as error:  # of the network, of the Hub's files, of a damaged folder
         why = first_line(error)
         raise InputError(
             f"cannot load the data set {args.dataset!r} ({why}); name a local one with --dataset"
         ) from error
+    return data if isinstance(data, datasets.DatasetDict) else {"train": data}
 
 
 def read_rows(args: argparse.Namespace, name: str, split: datasets.Dataset) -> tuple[list[str], list[str]]:
@@ -323,7 +336,7 @@ def read_rows(args: argparse.Namespace, name: str, split: datasets.Dataset) -> t
     for i, (text, label) in enumerate(rows, start=1):
         if not isinstance(text, str):
             raise InputError(f"{args.dataset}: {name} row {i}: {args.text_column!r} is not text but {text!r}")
-        if isinstance(label, float) or label is None or label == "":
+        if not isinstance(label, (int, str)) or label == "":
             raise InputError(f"{args.dataset}: {name} row {i}: {label!r} is no label; give whole numbers or names")
     kept = [(text, str(label)) for text, label in rows if text.strip()]
     if not kept:
@@ -354,9 +367,9 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
     order = order[: args.train_samples] if args.train_samples else sorted(order)
 
     # Labels are whole numbers, where all of them are, or else text; the names come from the data or the user.
-    whole = all(re.fullmatch(r"-?\d+", label) for label in labels + eval_labels)
+    whole = all(re.fullmatch(r"-?\d{1,18}", label) for label in labels + eval_labels)
     names = getattr(data["train"].features[args.label_column], "names", None)
-    known = [str(i) for i in range(len(names))] if names else sorted(set(labels), key=int if whole else str)
+    known = [str(i) for i in range(len(names))] if names else sorted(sorted(set(labels)), key=int if whole else str)
     if len(known) < 2:
         raise InputError(f"{args.dataset}: the only label is {labels[0]!r}; a classifier needs at least two")
     unknown = next((i for i, label in enumerate(labels + eval_labels) if label not in known), None)
@@ -688,17 +701,21 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
     base, state = load_trained_base(path, checkpoint, base_name), checkpoint["state_dict"]
     try:
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
-    except (ValueError, RuntimeError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its settings do not fit its base ({first_line(error)})") from error
     check_tensors(path, state, trained_tensors(base.model.state_dict(), base.head))
     base.model.load_state_dict(state, strict=False)  # strict in effect: both key lists have just been compared
     last_layer_for_cls_only(base.model)
+    base.model.eval()
     return base, checkpoint
 
 
 def read_tensors(path: str | Path) -> object:
     """What a file of torch.save holds, if it is tensors and plain values: code in it is refused, never run."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not look at the checksums
+                raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; python lora_scratch.py makes one") from error
@@ -720,8 +737,8 @@ def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> B
 def check_facts(path: str | Path, facts: object, kinds: dict) -> None:
     """Raise InputError unless `facts` is of our format and has a value of the right type for each name in `kinds`."""
     found = facts if isinstance(facts, dict) else {}
-    if found.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{path}: format {found['format']!r}, but this version reads {FORMAT}; update the project")
+    if isinstance(found.get("format"), int) and found["format"] != FORMAT:
+        raise InputError(f"{path}: format {found['format']}, but this version reads {FORMAT}; update the project")
     for key, kind in ({"format": int} | kinds).items():
         value = found.get(key, ...)
         if not isinstance(value, kind) or (kind is list and not all(isinstance(name, str) for name in value)):
@@ -734,7 +751,9 @@ def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str
         raise InputError(f"{path}: tensor {key!r} is {'missing' if key in expected else 'not expected'}")
     for key, tensor in found.items():
         like = expected[key]
-        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.layout) != (like.dtype, like.layout):
+        if not isinstance(tensor, Tensor) or any(
+            getattr(tensor, kind) != getattr(like, kind) for kind in ("dtype", "layout", "device")
+        ):
             raise InputError(f"{path}: {key!r} is no plain tensor of {like.dtype}")
         if tensor.shape != like.shape or not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
@@ -802,7 +821,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradient clipping (default: %(default)s)")
     add(
         "--seed",
-        type=number(int, 0),
+        type=number(int, 0, 2**32 - 1),
         default=42,
         help="of head, adapter, dropout and order (default: %(default)s)",
     )
@@ -892,7 +911,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -92,7 +92,7 @@ def read_columns(path: Path, columns: list[str]) -> list[list[str]]:
     """Columns of a .tsv, .csv, .jsonl or .parquet file, all of them text."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--file {path}: give a table that ends in {', '.join(FORMATS)}")
-    table = read_file(path, columns)
+    table = read_file(path)
     for column in columns:
         if column not in table.column_names:
             raise InputError(f"{path}: no column {column!r} but {', '.join(table.column_names)}; see --text-column")
