@@ -19,6 +19,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import peft
 import torch
 from peft import (
     LoraConfig,
@@ -208,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     model = wrap(base, make_config(base, facts, args.use_dora), args.freeze_head)
     model.to(args.device)
     record = describe(args, own_names(dict(model.named_parameters())), base.head, wrapped)
+    record["versions"]["peft"] = peft.__version__
 
     record["epochs"], losses = train(model, pad_id, train_set, eval_set, args)
 

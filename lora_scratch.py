@@ -185,10 +185,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
             name, **source, **labels, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # whatever is wrong with its files: each of the libraries raises its own
-        why = first_line(error)
-        raise InputError(
-            f"cannot load the base model {name!r} ({why}); name a local folder or another model"
-        ) from error
+        why = f"cannot load the base model {name!r} ({first_line(error)})"
+        raise InputError(f"{why}; name a local folder or another model") from error
     head, digest = [], hashlib.sha256()
     for key, parameter in sorted(model.named_parameters()):
         if not key.startswith(f"{model.base_model_prefix}.") or key in report["missing_keys"] or ".pooler." in key:
@@ -196,11 +194,9 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         else:
             digest.update(f"{key} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().contiguous().numpy())
-    rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
-    if entries > rows or tokenizer.pad_token_id is None:
-        raise InputError(
-            f"{name}: a tokenizer of {entries} entries does not fit {rows} embeddings; use the model's own"
-        )
+    rows, size = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if size > rows or tokenizer.pad_token_id is None:
+        raise InputError(f"{name}: a tokenizer of {size} entries does not fit {rows} embeddings; use the model's own")
     places = [m for path, m in model.named_modules() if leaf(path) == "position_embeddings"]
     reserved = sum(m.padding_idx + 1 for m in places if m.padding_idx is not None)  # RoBERTa counts from there
     limit = min(model.config.max_position_embeddings - reserved, tokenizer.model_max_length)
@@ -319,10 +315,8 @@ def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
             revision = GLUE[2] if args.dataset == GLUE[0] else None
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
     except Exception as error:  # of the network, of the Hub's files, of a damaged folder
-        why = first_line(error)
-        raise InputError(
-            f"cannot load the data set {args.dataset!r} ({why}); name a local one with --dataset"
-        ) from error
+        why = f"cannot load the data set {args.dataset!r} ({first_line(error)})"
+        raise InputError(f"{why}; name a local one with --dataset") from error
     return data if isinstance(data, datasets.DatasetDict) else {"train": data}
 
 
@@ -374,10 +368,8 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
         raise InputError(f"{args.dataset}: the only label is {labels[0]!r}; a classifier needs at least two")
     unknown = next((i for i, label in enumerate(labels + eval_labels) if label not in known), None)
     if unknown is not None:
-        label = (labels + eval_labels)[unknown]
-        raise InputError(
-            f"{args.dataset}: label {label!r} of a row is not one of the training labels {', '.join(known)}"
-        )
+        label, names = (labels + eval_labels)[unknown], ", ".join(known)
+        raise InputError(f"{args.dataset}: label {label!r} of a row is not one of the training labels {names}")
     if args.label_names and len(args.label_names) != len(known):
         raise InputError(f"--label-names: {len(args.label_names)} names for the {len(known)} labels {', '.join(known)}")
     sst2 = known == ["0", "1"] and re.search(r"sst[-_]?2", f"{args.dataset} {args.dataset_config}".lower())
@@ -508,10 +500,8 @@ def train(
                     progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} sentences/s")
                     progress.update(step - progress.n)
                     if progress.disable and step % (10 * args.log_every) == 0:
-                        print(
-                            f"step {step}/{total_steps}  loss {loss:.4f}  lr {lr:.1e}  {rate:.0f} sentences/s",
-                            flush=True,
-                        )
+                        told = f"loss {loss:.4f}  lr {lr:.1e}  {rate:.0f} sentences/s"
+                        print(f"step {step}/{total_steps}  {told}", flush=True)
                 if save:
                     state.save(epochs, losses, time.perf_counter() - start, caught)
             seconds = time.perf_counter() - start
@@ -545,7 +535,7 @@ class TrainingState:
 
     def __init__(self, args: argparse.Namespace, train_set: Sentences, trained: dict[str, Tensor], parts: dict):
         self.path, self.trained, self.parts = args.output.with_suffix(".state"), trained, parts
-        free = ("resume", "save_every", "log_every")  # what may differ without changing the result
+        free = ("resume", "save_every", "log_every", "output")  # what may differ without changing the result
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in free}
         data = str((train_set.input_ids, train_set.label)).encode()
         self.settings["training data, as SHA-256"] = hashlib.sha256(data).hexdigest()
@@ -568,12 +558,12 @@ class TrainingState:
             print(f"no training state {self.path} yet: starting from the beginning")
             return [], [], 0.0
         state = read_tensors(self.path)
-        if not isinstance(state, dict) or state.get("format") != FORMAT or "settings" not in state:
-            raise InputError(f"{self.path}: not a training state of this version; move it away to start anew")
+        check_facts(self.path, state, dict.fromkeys(["settings", "trained", *self.parts], dict))
         for key in sorted(self.settings.keys() | state["settings"].keys()):
             then, now = state["settings"].get(key), self.settings.get(key)
             if then != now:
                 raise InputError(f"--resume: {key} was {then} and is now {now}; use the same, or leave out --resume")
+        check_tensors(self.path, state["trained"], {name: p.cpu() for name, p in self.trained.items()})
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state["trained"][name])
@@ -591,18 +581,21 @@ def name_what_did_not_fit(inputs: dict[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sentences, tokens = inputs["input_ids"].shape
-        raise InputError(
-            f"out of memory at {sentences} sentences of {tokens} tokens; lower the batch size (--batch-size, "
-            "--eval-batch-size) or --max-length"
-        ) from error
+        shape = "{} sentences of {} tokens".format(*inputs["input_ids"].shape)
+        raise InputError(f"out of memory at {shape}; lower --batch-size, --eval-batch-size or --max-length") from error
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step."""
-    caught = []
-    former = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one ends the process at once."""
+    caught, former = [], {}
+
+    def catch(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -751,9 +744,8 @@ def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str
         raise InputError(f"{path}: tensor {key!r} is {'missing' if key in expected else 'not expected'}")
     for key, tensor in found.items():
         like = expected[key]
-        if not isinstance(tensor, Tensor) or any(
-            getattr(tensor, kind) != getattr(like, kind) for kind in ("dtype", "layout", "device")
-        ):
+        kinds = [(t.dtype, t.layout, t.device) for t in (tensor, like) if isinstance(t, Tensor)]
+        if kinds != 2 * kinds[-1:]:
             raise InputError(f"{path}: {key!r} is no plain tensor of {like.dtype}")
         if tensor.shape != like.shape or not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
@@ -796,12 +788,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--r", type=number(int, 1), default=8, help="rank of the update (default: %(default)s)")
     add("--alpha", type=number(float, 0), default=16, help="scaling = alpha / r (default: %(default)s)")
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="on the LoRA branch (default: %(default)s)")
-    add(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="linear layers to adapt, or all-linear (default: query and value)",
-    )
+    add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: query and value)")
     add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
     add("--freeze-head", action="store_true", help="leave the head as random as it starts: the published recipe")
     group = parser.add_argument_group("training")
@@ -811,20 +798,10 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--batch-size", type=number(int, 1), default=16, help="sentences a step (default: %(default)s)")
     add("--eval-batch-size", type=number(int, 1), default=32, help="sentences, evaluation (default: %(default)s)")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    add(
-        "--warmup",
-        type=number(float, 0, 1),
-        default=0.06,
-        help="share of the steps, then linear decay (%(default)s)",
-    )
+    add("--warmup", type=number(float, 0, 1), default=0.06, help="share of the steps, then decay (%(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW (default: %(default)s)")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradient clipping (default: %(default)s)")
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=42,
-        help="of head, adapter, dropout and order (default: %(default)s)",
-    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of all that is random (default: %(default)s)")
     group = parser.add_argument_group("machine and output")
     add = group.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
@@ -910,6 +887,8 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
     try:
         main()
+    except KeyboardInterrupt:  # before or after the training: nothing is to be saved
+        sys.exit(130)
     except InputError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -295,6 +295,6 @@ if __name__ == "__main__":
     try:
         run(main)
         sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError) as stop:  # Ctrl-C, or a reader that has enough, as in `| head`
+    except BrokenPipeError:  # a reader that has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 141)
+        sys.exit(141)

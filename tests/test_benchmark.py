@@ -56,6 +56,7 @@ def test_random_phrases_are_as_long_as_those_of_sst2() -> None:
     assert abs(mean - 13.32) < 0.2 and tokens[-1] == 66
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_rates_and_ratios(tmp_path: Path) -> None:
     output = tmp_path / "folder" / "record.json"
     flags = ["--only", "scratch", "trainer", "--rounds", "1", "--phrases", "20", "--lines", "1", "--threads", "1"]

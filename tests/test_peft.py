@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -211,8 +209,10 @@ def test_another_base_is_refused_naming_both(adapter: Path, tiny_base: Path, tmp
     assert str(tiny_base) in str(error.value) and str(other) in str(error.value)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, lora_peft.__file__, "--export-scratch", str(tmp_path / "none"), "--output", "x.pt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--export-scratch", str(tmp_path / "none"), "--output", "x.pt"]
+    with pytest.raises(SystemExit) as stop:
+        lora_scratch.run(lambda: lora_peft.main(flags))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.startswith("error:") and said.err.count("\n") == 1

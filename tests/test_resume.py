@@ -195,6 +195,22 @@ def test_a_stopped_command_says_how_to_go_on(
     assert output.splitlines()[-1].startswith("stopped after step") and "--resume" in output.splitlines()[-1]
 
 
+def test_ctrl_c_outside_the_loop_ends_without_a_traceback() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        lora_scratch.run(interrupt)
+    assert stopped.value.code == 130
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    with lora_scratch.catch_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     lora_scratch.write_whole(path, lambda p: p.write_bytes(b"the first"))
