@@ -431,8 +431,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):  # many CPUs know bfloat16 by name only: time it
-        layer = {"linear": nn.Linear(768, 768, dtype=dtype), "x": torch.ones(256, 768, dtype=dtype)}
-        seconds[dtype] = min(Timer("linear(x)", globals=layer).timeit(1).mean for _ in range(5))
+        layer = {"linear": nn.Linear(768, 768, dtype=dtype), "x": torch.ones(128, 768, dtype=dtype)}
+        seconds[dtype] = min(Timer("linear(x)", globals=layer).timeit(1).mean for _ in range(3))
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
