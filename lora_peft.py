@@ -13,9 +13,7 @@ The result is an adapter folder that PEFT loads without this project: see the RE
 
 import argparse
 import json
-import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -34,10 +32,13 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from lora_scratch import (
+    FACTS,
     FORMAT,
+    LORA_FACTS,
     Base,
     InputError,
     cast_base,
+    check_facts,
     check_tensors,
     describe,
     evaluate,
@@ -58,9 +59,11 @@ from lora_scratch import (
     tokenize,
     train,
     trained_tensors,
+    write_folder,
 )
 
 FACTS_FILE = "lora_peft.json"  # in the adapter folder: what PEFT has no place for, the fingerprint and the label names
+UNCHECKED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "modules_to_save"}
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> LoraConfig:
@@ -106,16 +109,13 @@ def own_name(name: str) -> str:
 
 def save_adapter(folder: Path, model: PeftModel, base: Base, facts: dict) -> None:
     """A standard adapter folder with the tokenizer and our facts; file by file moved into place when whole."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
         (temporary / FACTS_FILE).write_text(json.dumps({"format": FORMAT, **facts}, indent=1) + "\n", encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    write_folder(folder, write)
 
 
 def load_adapter(folder: str | Path, base_name: str | None = None, merge: bool = False) -> tuple[Base, dict]:
@@ -135,11 +135,20 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge: bool =
         tensors = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # whatever bytes these are: JSON, PEFT and safetensors each raise their own
         raise InputError(f"{folder}: not a readable adapter ({type(error).__name__}: {first_line(error)})") from error
+    check_facts(folder, facts, FACTS | LORA_FACTS)
     base = load_trained_base(folder, facts, base_name)
+    wanted = make_config(base, facts, getattr(config, "use_dora", None) is True)
+    theirs, ours = config.to_dict(), wanted.to_dict()
+    for key in ours.keys() - UNCHECKED:  # anything else could mean other answers, or break PEFT
+        value, expected = (
+            sorted(map(str, v)) if isinstance(v, (set, list)) else v for v in (theirs.get(key), ours[key])
+        )
+        if value != expected:
+            raise InputError(f"{folder}: {key}={value!r} in adapter_config.json is not read here; use PEFT itself")
     try:
-        model = wrap(base, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: PEFT refuses its adapter_config.json ({first_line(error)})") from error
+        model = wrap(base, wanted)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: PEFT refuses its settings ({first_line(error)})") from error
     check_tensors(folder, tensors, get_peft_model_state_dict(model))
     set_peft_model_state_dict(model, tensors)
     return base._replace(model=model.merge_and_unload() if merge else model), facts
@@ -147,8 +156,10 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge: bool =
 
 def import_scratch(args: argparse.Namespace) -> None:
     """Write a PEFT adapter folder that answers as a handwritten checkpoint does."""
+    if args.output.exists():
+        raise InputError(f"--output {args.output}: there is something already; name a new folder")
     scratch, checkpoint = load_checkpoint(args.import_scratch, args.model)
-    facts = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "format")}
+    facts = {key: checkpoint[key] for key in (*FACTS, *LORA_FACTS)} | {"record": checkpoint.get("record")}
     base = load_trained_base(args.import_scratch, checkpoint, args.model)
     model = wrap(base, make_config(base, facts))
     for name, tensor in own_names(model.state_dict()).items():
@@ -166,18 +177,10 @@ def export_scratch(args: argparse.Namespace) -> None:
     others = [path.parent.name for path in args.export_scratch.glob("*/adapter_config.json")]
     if others:
         raise InputError(f"{args.export_scratch}: several adapters ({', '.join(others)}); the .pt format holds one")
-    theirs, ours = base.model.peft_config["default"].to_dict(), make_config(base, facts).to_dict()
-    for key in sorted(ours.keys() - {"base_model_name_or_path", "revision", "inference_mode", "modules_to_save"}):
-        value, ours[key] = (sorted(v) if isinstance(v, (set, list)) else v for v in (theirs.get(key), ours[key]))
-        if value != ours[key]:
-            raise InputError(f"{args.export_scratch}: the .pt format cannot hold {key}={value!r}")
+    if base.model.peft_config["default"].use_dora:
+        raise InputError(f"{args.export_scratch}: the .pt format cannot hold use_dora=True, its magnitude vectors")
     state = trained_tensors(own_names(base.model.state_dict()), base.head)
-    if len(state) != len(get_peft_model_state_dict(base.model)):
-        raise InputError(
-            f"{args.export_scratch}: the .pt format holds LoRA on linear layers and the head, this has more"
-        )
-    save_checkpoint(args.output, state, {key: value for key, value in facts.items() if key != "format"})
-    base.tokenizer.save_pretrained(args.output.with_suffix(""))
+    save_checkpoint(args.output, state, {key: value for key, value in facts.items() if key != "format"}, base)
     report(args, base, load_checkpoint(args.output, args.model)[0])
 
 
@@ -197,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.import_scratch or args.export_scratch:
         return import_scratch(args) if args.import_scratch else export_scratch(args)
+    if args.output.is_file():
+        raise InputError(f"--output {args.output}: a file stands there; name a folder")
     start(args)
     train_set, eval_set, label_names = load_data(args)
     base = load_base(args.model, args.revision, label_names, args.max_length)
@@ -205,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
 
     wrapped = find_targets(base.model, base.head, args.targets)
     facts = make_facts(args, base, label_names, wrapped)
+    args.fingerprint = base.fingerprint  # a resumed run has to have the same base
     cast_base(base, args.dtype)
     model = wrap(base, make_config(base, facts, args.use_dora), args.freeze_head)
     model.to(args.device)

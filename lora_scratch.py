@@ -1,4 +1,4 @@
-"""LoRA written by hand: fine-tune DistilBERT on SST-2 by training 0.22 % of its weights.
+"""LoRA written by hand: fine-tune DistilBERT on SST-2 through 147,456 parameters, 0.22 % of the model, and its head.
 
 A pretrained linear layer y = W x + b stays frozen and learns a low-rank correction beside it:
 
@@ -20,12 +20,14 @@ import contextlib
 import copy
 import csv
 import functools
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,6 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -80,8 +83,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in): one row per token, so that one addmm_ can follow
         y = self.base(rows)  # (N, out)
-        down = F.linear(self.dropout(rows), self.lora_A.to(rows.dtype))  # (N, r)
-        y.addmm_(down.to(y.dtype), self.lora_B.t().to(y.dtype), alpha=self.scaling)  # no second (N, out) tensor
+        low_rank = F.linear(self.dropout(rows), self.lora_A.to(rows.dtype))  # (N, r): A x
+        y.addmm_(low_rank.to(y.dtype), self.lora_B.t().to(y.dtype), alpha=self.scaling)  # adds scaling · B A x in place
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
@@ -112,7 +115,7 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     choice = ", ".join(sorted({leaf(path) for path in linear}))
     if targets is None and model.config.model_type not in DEFAULT_TARGETS:
         raise InputError(f"{model.config.model_type!r} has no default targets: choose with --targets among {choice}")
-    targets = targets or DEFAULT_TARGETS[model.config.model_type]
+    targets = DEFAULT_TARGETS[model.config.model_type] if targets is None else targets
     if targets == ["all-linear"]:
         return linear
     for target in targets:
@@ -186,7 +189,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         )
     except Exception as error:  # whatever is wrong with its files: each of the libraries raises its own
         why = f"cannot load the base model {name!r} ({first_line(error)})"
-        raise InputError(f"{why}; name a local folder or another model") from error
+        raise InputError(f"{why}; name a local folder with --model (in playground.py --base)") from error
     head, digest = [], hashlib.sha256()
     for key, parameter in sorted(model.named_parameters()):
         if not key.startswith(f"{model.base_model_prefix}.") or key in report["missing_keys"] or ".pooler." in key:
@@ -199,7 +202,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         raise InputError(f"{name}: a tokenizer of {size} entries does not fit {rows} embeddings; use the model's own")
     places = [m for path, m in model.named_modules() if leaf(path) == "position_embeddings"]
     reserved = sum(m.padding_idx + 1 for m in places if m.padding_idx is not None)  # RoBERTa counts from there
-    limit = min(model.config.max_position_embeddings - reserved, tokenizer.model_max_length)
+    limit = min(getattr(model.config, "max_position_embeddings", math.inf) - reserved, tokenizer.model_max_length)
     if not 3 <= max_length <= limit:
         raise InputError(f"--max-length {max_length} is not between 3 and {limit}, the most that {name} can read")
     return Base(model, tokenizer, head, digest.hexdigest(), getattr(model.config, "_commit_hash", None))
@@ -235,9 +238,10 @@ def cast_base(base: Base, dtype: torch.dtype) -> None:
 
 
 def last_layer_for_cls_only(model: nn.Module) -> None:
-    """Let DistilBERT's last layer compute [CLS] alone, all that its head reads: 14 % less work, same logits.
+    """Let DistilBERT's last layer compute [CLS] alone, all that its head reads: 14 % less work.
 
-    Keys and values still come from every token. Does nothing to a model whose last layer is of another kind.
+    The logits change by rounding only (2e-7): keys and values still come from every token. Does nothing to a model
+    whose last layer is of another kind.
     """
     layers = [module for module in model.modules() if type(module) is TransformerBlock]
     if not layers or model.config._attn_implementation not in ("sdpa", "eager"):
@@ -285,7 +289,7 @@ def read_file(path: Path) -> datasets.Dataset:
             options = {"na_filter": False, "encoding": "utf-8-sig", "converters": dict.fromkeys(columns, str), **tsv}
         with tempfile.TemporaryDirectory() as cache:  # a kept cache would not notice every change of the file
             options |= {"cache_dir": cache, "keep_in_memory": True}
-            table = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+            table = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
     except Exception as error:  # each parser raises its own
         raise InputError(f"{path}: cannot be read ({first_line(error.__cause__ or error)}); mend the file") from error
     if "__index_level_0__" in table.column_names:  # pandas took a first column without a name for row names
@@ -359,6 +363,8 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
         print(f"{args.dataset} has no validation split: {len(held)} rows are held out by seed {args.seed}")
         eval_texts, eval_labels = [texts[i] for i in held], [labels[i] for i in held]
     order = order[: args.train_samples] if args.train_samples else sorted(order)
+    if not order:
+        raise InputError(f"{args.dataset}: one sentence is too few to hold a tenth out; give a validation split")
 
     # Labels are whole numbers, where all of them are, or else text; the names come from the data or the user.
     whole = all(re.fullmatch(r"-?\d{1,18}", label) for label in labels + eval_labels)
@@ -366,16 +372,20 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
     known = [str(i) for i in range(len(names))] if names else sorted(sorted(set(labels)), key=int if whole else str)
     if len(known) < 2:
         raise InputError(f"{args.dataset}: the only label is {labels[0]!r}; a classifier needs at least two")
-    unknown = next((i for i, label in enumerate(labels + eval_labels) if label not in known), None)
-    if unknown is not None:
-        label, names = (labels + eval_labels)[unknown], ", ".join(known)
-        raise InputError(f"{args.dataset}: label {label!r} of a row is not one of the training labels {names}")
-    if args.label_names and len(args.label_names) != len(known):
-        raise InputError(f"--label-names: {len(args.label_names)} names for the {len(known)} labels {', '.join(known)}")
+    index = {label: i for i, label in enumerate(known)}
+    unknown = [label for label in labels + eval_labels if label not in index]
+    if unknown:
+        training = ", ".join(known)
+        raise InputError(f"{args.dataset}: label {unknown[0]!r} of a row is not one of the training labels {training}")
+    if args.label_names and not whole:
+        raise InputError(f"--label-names is for integer labels; {args.dataset} has names: {', '.join(known)}")
+    if args.label_names and len(set(args.label_names)) != len(known):
+        count = len(set(args.label_names))
+        raise InputError(f"--label-names: {count} names for the {len(known)} labels {', '.join(known)}")
     sst2 = known == ["0", "1"] and re.search(r"sst[-_]?2", f"{args.dataset} {args.dataset_config}".lower())
     names = args.label_names or names or (["negative", "positive"] if sst2 else known)
-    train_set = Sentences([texts[i] for i in order], [known.index(labels[i]) for i in order], [])
-    return train_set, Sentences(eval_texts, [known.index(label) for label in eval_labels], []), names
+    train_set = Sentences([texts[i] for i in order], [index[labels[i]] for i in order], [])
+    return train_set, Sentences(eval_texts, [index[label] for label in eval_labels], []), names
 
 
 def tokenize(sentences: Sentences, tokenizer: Callable, max_length: int) -> Sentences:
@@ -432,7 +442,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):  # many CPUs know bfloat16 by name only: time it
         layer = {"linear": nn.Linear(768, 768, dtype=dtype), "x": torch.ones(128, 768, dtype=dtype)}
-        seconds[dtype] = min(Timer("linear(x)", globals=layer).timeit(1).mean for _ in range(3))
+        timer = Timer("linear(x)", globals=layer, num_threads=torch.get_num_threads())
+        seconds[dtype] = min(timer.timeit(1).mean for _ in range(3))
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
@@ -442,7 +453,8 @@ def train(
     """Train what requires a gradient; one record for each epoch, and the loss of every step.
 
     A training state is written every --save-every steps and after each epoch; --resume goes on from it as if
-    nothing had happened, on the CPU to the bit. Under torchrun every process computes its share of each batch.
+    nothing had happened, to the bit in one process on the CPU. Under torchrun every process computes its share of
+    each batch.
     """
     device, dtype, (rank, ranks) = next(model.parameters()).device, args.dtype, rank_and_size()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -454,11 +466,12 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     lengths, labels = [len(ids) for ids in train_set.input_ids], torch.tensor(train_set.label)
     state = TrainingState(args, train_set, trained, {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
-    epochs, losses, seconds = state.load() if args.resume else ([], [], 0.0)
+    epochs, losses, spent = state.load(device) if args.resume else ([], [], 0.0)  # spent: seconds of an epoch begun
     if len(losses) == total_steps:
         print("this run is finished: there is nothing left to train")
     if rank > 0:
         torch.manual_seed(args.seed + rank)  # another dropout in every process
+    scaler.scale(torch.zeros((), device=device))  # a process whose first share is empty needs its start all the same
     silent = rank > 0 or not sys.stderr.isatty()
     progress = tqdm(total=total_steps, initial=len(losses), unit="step", disable=silent, dynamic_ncols=True)
 
@@ -467,9 +480,9 @@ def train(
             model.train()
             generator = torch.Generator().manual_seed(1000 * args.seed + epoch)  # another order in every epoch
             batches = make_batches(lengths, args.batch_size, generator)[: total_steps - epoch * steps_per_epoch]
-            done = len(losses) - epoch * steps_per_epoch  # what a resumed run has behind it in this epoch
-            start, seen = time.perf_counter() - seconds, sum(len(batch) for batch in batches[:done])
-            for batch in batches[done:]:
+            steps_done = len(losses) - epoch * steps_per_epoch  # what a resumed run has behind it in this epoch
+            start, seen = time.perf_counter() - spent, sum(len(batch) for batch in batches[:steps_done])
+            for batch in batches[steps_done:]:
                 share, loss = batch[rank::ranks], torch.zeros((), device=device)
                 if share:  # of a short last batch a process may get nothing
                     inputs = collate([train_set.input_ids[i] for i in share], pad_id, device)
@@ -481,7 +494,7 @@ def train(
                 if ranks > 1:
                     loss = sum_over_ranks(loss, parameters)
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -489,12 +502,14 @@ def train(
 
                 losses.append(loss.detach())
                 seen += len(batch)
-                step, last = len(losses), len(losses) == epoch * steps_per_epoch + len(batches)
-                save = not last and (caught or step % args.save_every == 0)  # the last step's follows the evaluation
-                if save or last or step % args.log_every == 0:  # only now does a GPU have to wait
-                    recent, lr = torch.stack(losses[-args.log_every :]).tolist(), scheduler.get_last_lr()[0]
-                    if not all(map(math.isfinite, recent)):
-                        bad = step - sum(not math.isfinite(value) for value in recent) + 1
+                step, end_of_epoch = len(losses), len(losses) == epoch * steps_per_epoch + len(batches)
+                save = not end_of_epoch and (caught or step % args.save_every == 0)  # there after the evaluation
+                if save or end_of_epoch or step % args.log_every == 0:  # rarely: it waits for the GPU
+                    lr, weights = scheduler.get_last_lr()[0], sum(p.detach().sum() for p in parameters)
+                    recent = torch.stack([*losses[-args.log_every :], weights]).tolist()
+                    finite, _ = [math.isfinite(value) for value in recent], recent.pop()
+                    if not all(finite):  # what was saved before is sound
+                        bad = step - len(recent) + 1 + finite.index(False)
                         raise InputError(f"step {bad}: the loss is not finite, near learning rate {lr:.1e}; lower --lr")
                     rate, loss = seen / (time.perf_counter() - start), sum(recent) / len(recent)
                     progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} sentences/s")
@@ -504,7 +519,7 @@ def train(
                         print(f"step {step}/{total_steps}  {told}", flush=True)
                 if save:
                     state.save(epochs, losses, time.perf_counter() - start, caught)
-            seconds = time.perf_counter() - start
+            seconds, spent = time.perf_counter() - start, 0.0
             train_loss = torch.stack(losses[-len(batches) :]).mean().item()
             eval_loss, correct = evaluate(model, pad_id, eval_set, args)
             accuracy = 100 * correct / len(eval_set.label)
@@ -517,7 +532,7 @@ def train(
                 f"{accuracy:.2f} % ({correct}/{len(eval_set.label)}), {seconds:.1f} s",
                 flush=True,
             )
-            state.save(epochs, losses, seconds := 0.0, caught)
+            state.save(epochs, losses, spent, caught)
     progress.close()
     if ranks > 1:
         dist.destroy_process_group()
@@ -534,9 +549,10 @@ class TrainingState:
     """
 
     def __init__(self, args: argparse.Namespace, train_set: Sentences, trained: dict[str, Tensor], parts: dict):
-        self.path, self.trained, self.parts = args.output.with_suffix(".state"), trained, parts
-        free = ("resume", "save_every", "log_every", "output")  # what may differ without changing the result
+        self.path, self.trained, self.parts = args.output.with_name(f"{args.output.name}.state"), trained, parts
+        free = ("resume", "save_every", "log_every", "output", "dtype")  # what may differ without changing the result
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in free}
+        self.settings["precision"] = str(args.dtype)  # the one in use: auto may choose another today
         data = str((train_set.input_ids, train_set.label)).encode()
         self.settings["training data, as SHA-256"] = hashlib.sha256(data).hexdigest()
 
@@ -546,13 +562,15 @@ class TrainingState:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"format": FORMAT, "settings": self.settings, "trained": self.trained, "epochs": epochs}
             state |= {"losses": torch.stack(losses).cpu(), "seconds": seconds}
-            state |= {"generator": torch.get_rng_state(), "cuda_generators": torch.cuda.get_rng_state_all()}
+            state["generators"] = [torch.get_rng_state()]  # of the CPU, and of this process's GPU
+            if torch.cuda.is_initialized():
+                state["generators"].append(torch.cuda.get_rng_state())
             write_whole(self.path, lambda temporary: torch.save(state, temporary))
         if caught:
             print(f"stopped after step {len(losses)}; the same command with --resume goes on from there", flush=True)
             sys.exit(128 + caught[0])
 
-    def load(self) -> tuple[list[dict], list[Tensor], float]:
+    def load(self, device: torch.device) -> tuple[list[dict], list[Tensor], float]:
         """Put everything back; returns the epochs' records, the losses and the seconds of the epoch under way."""
         if not self.path.exists():
             print(f"no training state {self.path} yet: starting from the beginning")
@@ -569,10 +587,11 @@ class TrainingState:
                 parameter.copy_(state["trained"][name])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["generator"])
-        torch.cuda.set_rng_state_all(state["cuda_generators"])
+        torch.set_rng_state(state["generators"][0])
+        if device.type == "cuda" and len(state["generators"]) > 1:
+            torch.cuda.set_rng_state(state["generators"][1])
         print(f"resumed after step {len(state['losses'])}")
-        return state["epochs"], list(state["losses"]), state["seconds"]
+        return state["epochs"], list(state["losses"].to(device)), state["seconds"]
 
 
 @contextlib.contextmanager
@@ -587,15 +606,14 @@ def name_what_did_not_fit(inputs: dict[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one ends the process at once."""
-    caught, former = [], {}
+    """Collect Ctrl-C and SIGTERM instead of dying in the middle of a step; the same again ends the process at once."""
+    caught = []
 
     def catch(number: int, _: object) -> None:
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        former[number] = signal.signal(number, catch)
+    former = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -666,14 +684,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then move its files into place one by one, each whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        path.mkdir(parents=True, exist_ok=True)
+        for file in temporary.iterdir():
+            os.replace(file, path / file.name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot write {path} ({first_line(error)}); what stood there is whole") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def trained_tensors(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
     """What a checkpoint keeps of a model: <module path>.lora_A and .lora_B, and the head under its own names."""
     return {k: v.cpu().clone() for k, v in state.items() if k.endswith((".lora_A", ".lora_B")) or k in head}
 
 
-def save_checkpoint(path: Path, state: dict[str, Tensor], facts: dict) -> None:
-    """Write adapter and head, with all that rebuilding needs as plain Python values beside them."""
+def save_checkpoint(path: Path, state: dict[str, Tensor], facts: dict, base: Base) -> None:
+    """Write adapter and head, with what rebuilding needs as plain Python values; the tokenizer in a folder beside."""
     write_whole(path, lambda temporary: torch.save({"format": FORMAT, "state_dict": state, **facts}, temporary))
+    write_folder(path.with_suffix(""), base.tokenizer.save_pretrained)
 
 
 def make_facts(args: argparse.Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
@@ -744,8 +777,11 @@ def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str
         raise InputError(f"{path}: tensor {key!r} is {'missing' if key in expected else 'not expected'}")
     for key, tensor in found.items():
         like = expected[key]
-        kinds = [(t.dtype, t.layout, t.device) for t in (tensor, like) if isinstance(t, Tensor)]
-        if kinds != 2 * kinds[-1:]:
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.is_meta
+            or (tensor.dtype, tensor.layout) != (like.dtype, like.layout)
+        ):
             raise InputError(f"{path}: {key!r} is no plain tensor of {like.dtype}")
         if tensor.shape != like.shape or not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {key!r} {tuple(tensor.shape)} has the wrong shape, NaN or infinity in it")
@@ -772,8 +808,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    group = parser.add_argument_group("model and data")
-    add = group.add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", help=f"base model: folder or Hub name (default: {LOCAL_MODEL} if there, else {DISTILBERT[0]})")
     add("--revision", help="the Hub's revision of the base model (default: a pinned one for the default model)")
     add("--dataset", help=f"file, folder or Hub name (default: {LOCAL_DATA} if there, else {GLUE[0]})")
@@ -783,16 +818,14 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--label-names", nargs="+", metavar="NAME", help="names for integer labels, in their order")
     add("--train-samples", type=number(int, 1), metavar="N", help="train on N random sentences (default: all)")
     add("--max-length", type=number(int, 3), default=128, help="tokens; longer text is cut (default: %(default)s)")
-    group = parser.add_argument_group("LoRA")
-    add = group.add_argument
+    add = parser.add_argument_group("LoRA").add_argument
     add("--r", type=number(int, 1), default=8, help="rank of the update (default: %(default)s)")
-    add("--alpha", type=number(float, 0), default=16, help="scaling = alpha / r (default: %(default)s)")
+    add("--alpha", type=number(float, 0), default=16.0, help="scaling = alpha / r (default: %(default)g)")
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="on the LoRA branch (default: %(default)s)")
     add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: query and value)")
     add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
     add("--freeze-head", action="store_true", help="leave the head as random as it starts: the published recipe")
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=3, help="times through the data (default: %(default)s)")
     add("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps instead (default: off)")
     add("--batch-size", type=number(int, 1), default=16, help="sentences a step (default: %(default)s)")
@@ -800,10 +833,9 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
     add("--warmup", type=number(float, 0, 1), default=0.06, help="share of the steps, then decay (%(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW (default: %(default)s)")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradient clipping (default: %(default)s)")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradient clipping, 0: none (default: %(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of all that is random (default: %(default)s)")
-    group = parser.add_argument_group("machine and output")
-    add = group.add_argument
+    add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the clearly fastest")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: PyTorch's choice)")
@@ -818,7 +850,9 @@ def start(args: argparse.Namespace) -> None:
     """Fill in what depends on this machine, look at where the output goes, and seed: before anything random."""
     if args.model is None:
         here = Path(LOCAL_MODEL).is_dir()
-        args.model, args.revision = (LOCAL_MODEL, None) if here else (DISTILBERT[0], args.revision or DISTILBERT[1])
+        args.model = LOCAL_MODEL if here else DISTILBERT[0]
+    if args.model == DISTILBERT[0]:
+        args.revision = args.revision or DISTILBERT[1]
     if args.dataset is None:
         args.dataset = LOCAL_DATA if Path(LOCAL_DATA).is_dir() else GLUE[0]
     if args.dataset == GLUE[0]:
@@ -827,6 +861,9 @@ def start(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     args.device = choose_device(args.device)
     args.dtype = choose_precision(args.precision, args.device)
+    ours = [args.output, *(beside(args.output, ending) for ending in (".json", ""))] if args.output.name else [Path()]
+    if {path.absolute() for path in ours} & {Path(name).absolute() for name in (".", args.dataset, args.model)}:
+        raise InputError(f"--output {args.output}: model, data or the current folder stand there; name another place")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -837,6 +874,9 @@ def start(args: argparse.Namespace) -> None:
         if args.device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        dtypes = [args.dtype]
+        dist.broadcast_object_list(dtypes)  # auto may have timed differently in each process
+        args.dtype = dtypes[0]
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all
     torch.manual_seed(args.seed)
@@ -873,9 +913,14 @@ def finish(args: argparse.Namespace, record: dict, losses: list[float], correct:
     curve = {"every": every, "loss": [round(sum(block) / len(block), 5) for block in blocks]}
     result = {"accuracy": 100 * correct / total, "correct": correct, "total": total, "bytes": size}
     text = json.dumps(record | {"loss_curve": curve, "result": result}, indent=1) + "\n"
-    write_whole(args.output.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(beside(args.output, ".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
     print(f"accuracy {result['accuracy']:.2f} %")
+
+
+def beside(output: Path, ending: str) -> Path:
+    """What stands beside an output, a .pt file or a folder, with its stem: run.json of run.pt, lr0.1.json of lr0.1."""
+    return output.with_name(output.name.removesuffix(".pt") + ending)
 
 
 def first_line(error: BaseException) -> str:
@@ -897,7 +942,7 @@ def run(main: Callable[[], None]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt").parse_args(argv)
     start(args)
-    if args.output.suffix != ".pt":
+    if args.output.suffix != ".pt" or args.output.is_dir():
         raise InputError(f"--output {args.output}: give a file name that ends in .pt")
     train_set, eval_set, label_names = load_data(args)
     base = load_base(args.model, args.revision, label_names, args.max_length)
@@ -906,6 +951,7 @@ def main(argv: list[str] | None = None) -> None:
 
     lora = {key: getattr(args, key) for key in ("r", "alpha", "dropout", "use_rslora", "freeze_head")}
     wrapped = inject_lora(model, base.head, args.targets, **lora)
+    args.fingerprint = base.fingerprint  # a resumed run has to have the same base
     last_layer_for_cls_only(model)
     cast_base(base, args.dtype)
     model.to(args.device)
@@ -914,8 +960,7 @@ def main(argv: list[str] | None = None) -> None:
     record["epochs"], losses = train(model, pad_id, train_set, eval_set, args)
 
     facts = make_facts(args, base, label_names, wrapped)
-    save_checkpoint(args.output, trained_tensors(model.state_dict(), base.head), facts | {"record": record})
-    base.tokenizer.save_pretrained(args.output.with_suffix(""))
+    save_checkpoint(args.output, trained_tensors(model.state_dict(), base.head), facts | {"record": record}, base)
     reloaded, _ = load_checkpoint(args.output)
     cast_base(reloaded, args.dtype)
     _, correct = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)

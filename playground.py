@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
@@ -49,6 +47,7 @@ from lora_scratch import (
     read_file,
     run,
     use_cache_if_offline,
+    write_folder,
     write_whole,
 )
 
@@ -230,21 +229,19 @@ def export(path: Path, args: argparse.Namespace) -> None:
     tokenizer, network, folder = merged.base.tokenizer, merged.base.model, args.export.resolve()
     input_ids, _ = read_tokens(["A warm, funny film.", "It never ends.", "so long " * merged.max_length], merged)
     tokenizer.model_max_length = merged.max_length
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    differences = []
+
+    def write(temporary: Path) -> None:
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         written = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
         written = merged._replace(base=merged.base._replace(model=written))
-        difference = (logits(written, input_ids, 1) - logits(unmerged, input_ids, 1)).abs().max().item()
-        if not difference <= 1e-4:  # NaN is no small difference either
-            raise InputError(f"--export: merged and unmerged logits differ by {difference:.1e}; nothing is written")
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--export {folder}: {first_line(error)}; name another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"saved {folder}; merged and unmerged logits differ by at most {difference:.1e}")
+        differences.append((logits(written, input_ids, 1) - logits(unmerged, input_ids, 1)).abs().max().item())
+        if not differences[0] <= 1e-4:  # NaN is no small difference either
+            raise InputError(f"--export: merged and unmerged logits differ by {differences[0]:.1e}; nothing is written")
+
+    write_folder(folder, write)
+    print(f"saved {folder}; merged and unmerged logits differ by at most {differences[0]:.1e}")
 
 
 def main(argv: list[str] | None = None) -> None:

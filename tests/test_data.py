@@ -540,7 +540,7 @@ def test_without_a_network_it_ends_within_ten_seconds_in_one_line(
     answers = {missing: (*process.communicate(timeout=120), process.returncode) for missing, process in runs.items()}
     silent.close()
     for missing, name, remedy in (
-        ("model", "base model 'distilbert/distilbert-base-uncased'", "name a local folder or another model"),
+        ("model", "base model 'distilbert/distilbert-base-uncased'", "name a local folder with --model"),
         ("data", "data set 'nyu-mll/glue'", "name a local one with --dataset"),
     ):
         output, error, code = answers[missing]

@@ -39,7 +39,7 @@ def test_two_processes_follow_the_loss_path_of_one(
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1:") == 1  # one process speaks for all
         records.append(json.loads(output.with_suffix(".json").read_text(encoding="utf-8")))
-        states.append(torch.load(output.with_suffix(".state"), weights_only=True))
+        states.append(torch.load(output.with_name(f"{output.name}.state"), weights_only=True))
     assert len(states[0]["losses"]) == 12
     assert torch.allclose(states[0]["losses"], states[1]["losses"], rtol=0, atol=1e-5)
     assert records[0]["result"]["correct"] == records[1]["result"]["correct"]

@@ -119,6 +119,20 @@ class Child:
             assert more, self.output
             self.output += more
 
+    def read_until_prompt(self) -> None:
+        """Until the prompt after the last answer is there: keys that come before it do not reach it as such."""
+        while b"> " not in self.output[self.output.rindex(b" %") :]:
+            self.output += os.read(self.read_from, 65536)
+
+    def leave(self, keys: str) -> None:
+        """Type the keys, as a person does: again after a second, for Ctrl-C between two calls of readline is lost."""
+        for _ in range(30):
+            self.type(keys)
+            for _ in range(10):
+                time.sleep(0.1)
+                if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    return
+
     def finish(self) -> tuple[int, str]:
         """Exit code, and all that was printed."""
         with contextlib.suppress(OSError):  # a terminal whose other side is gone says so with an error
@@ -271,12 +285,15 @@ def test_the_prompt_answers_until_the_user_leaves(leave: str, here: Path, start,
     child = start("--model", SCRATCH, terminal=True)
     child.read_until("leaves.")
     child.type("\n  \nI loved it\n")
-    child.read_until("Positive")
+    child.read_until(" %")
+    child.read_until_prompt()
     child.type("I hated it\n")
-    child.read_until("Negative")
+    child.read_until(" %", count=2)
+    child.read_until_prompt()
     child.type("\x1b[A\x1b[A\n")  # twice the arrow up: the line before the last
-    child.read_until("Positive", count=2)
-    child.type(leave)
+    child.read_until(" %", count=3)
+    child.read_until_prompt()
+    child.leave(leave)
     code, output = child.finish()
     assert code == 0 and "Traceback" not in output and "error" not in output
     assert output.count("Positive") == 2 and output.count("Negative") == 1 and output.count("blank") == 0

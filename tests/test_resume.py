@@ -106,9 +106,9 @@ def test_running_out_of_gpu_memory_names_the_batch(
 
 @pytest.mark.parametrize("content", [b"text", b""])
 def test_a_damaged_state_is_refused(content: bytes, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.state").write_bytes(content)
+    (tmp_path / "a.pt.state").write_bytes(content)
     flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--resume", "--output", str(tmp_path / "a.pt")]
-    with pytest.raises(InputError, match=r"a\.state"):
+    with pytest.raises(InputError, match=r"a\.pt\.state"):
         lora_scratch.main(flags)
 
 
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(
     flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--save-every", "2", "--lr", "0.01"]
     with pytest.raises(InputError, match=r"step 3: the loss is not finite.*learning rate .*--lr"):
         lora_scratch.main([*flags, "--output", str(tmp_path / "a.pt")])
-    state = torch.load(tmp_path / "a.state", weights_only=True)
+    state = torch.load(tmp_path / "a.pt.state", weights_only=True)
     assert len(state["losses"]) == 2 and all(t.isfinite().all() for t in state["trained"].values())
     assert not (tmp_path / "a.pt").exists()
 
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_in_reality(tiny_base: Path, tiny_data: Path, tmp_p
         arguments = command("lora_scratch.py", tiny_base, tiny_data, disk / "adapter.pt")
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "what stood there is whole" in done.stderr and done.stderr.count("\n") == 1
-        state = torch.load(disk / "adapter.state", weights_only=True)
+        state = torch.load(disk / "adapter.pt.state", weights_only=True)
         assert state["format"] == 1 and len(state["losses"]) > 0
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
         subprocess.run([*arguments, "--resume"], check=True, stdout=subprocess.DEVNULL)

@@ -133,7 +133,7 @@ def plain(value: object) -> bool:
 
 
 def test_the_files_of_a_run(trained: Run, tiny_base: Path) -> None:
-    assert sorted(p.name for p in trained.path.parent.iterdir()) == ["a", "a.json", "a.pt", "a.state"]
+    assert sorted(p.name for p in trained.path.parent.iterdir()) == ["a", "a.json", "a.pt", "a.pt.state"]
     tokenizer = AutoTokenizer.from_pretrained(trained.path.with_suffix(""))
     text = "A warm and funny film"
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(tiny_base)(text)["input_ids"]
@@ -662,7 +662,7 @@ def test_half_a_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no/such", "./nothing", "/no/such/folder", "with space", "a/b/c/d"])
 def test_a_base_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"cannot load the base model '{name}' .*name a local folder or another model"):
+    with pytest.raises(InputError, match=f"cannot load the base model '{name}' .*name a local folder with --model"):
         load_base(name, None, ["a", "b"], 128)
 
 
