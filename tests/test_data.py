@@ -246,6 +246,24 @@ def test_class_labels_bring_their_own_names_and_order(kind: str, tmp_path: Path)
     assert load(tmp_path / f"a.{kind}", "--label-names", "bad", "good")[2] == ["bad", "good"]
 
 
+def test_a_path_is_no_pattern(tmp_path: Path) -> None:
+    write(tmp_path / "data1.tsv", TSV + "other\t1\nother\t0\n")
+    path = write(tmp_path / "data[1].tsv", TSV + "a\t1\nb\t0\n")
+    assert texts(path) == {"a", "b"}
+
+
+def test_label_names_are_for_integers_and_differ(tmp_path: Path) -> None:
+    words = labelled(tmp_path / "words", ["neg", "pos"])
+    with pytest.raises(InputError, match=r"--label-names is for integer labels; .* has names: neg, pos"):
+        load(words, "--label-names", "positive", "negative")
+    with pytest.raises(InputError, match="1 names for the 2 labels"):
+        load(labelled(tmp_path / "numbers", [0, 1]), "--label-names", "same", "same")
+
+
+def test_one_sentence_is_not_divided(tmp_path: Path) -> None:
+    refused("one sentence is too few", write(tmp_path / "a.tsv", TSV + "a\t1\n"))
+
+
 def test_label_names_are_counted(tmp_path: Path) -> None:
     folder = labelled(tmp_path / "data", [0, 1, 2])
     assert load(folder, "--label-names", "bad", "so so", "good")[2] == ["bad", "so so", "good"]

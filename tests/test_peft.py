@@ -168,6 +168,32 @@ def test_what_the_file_cannot_hold_is_refused_by_name(copied: Path, tmp_path: Pa
         lora_peft.main(["--export-scratch", str(copied), "--output", str(tmp_path / "x")])
 
 
+def test_settings_that_were_not_written_here_are_refused_by_name(copied: Path) -> None:
+    before = (copied / "adapter_config.json").read_bytes()
+    for changes in ({"init_lora_weights": "pissa"}, {"bias": "zzz"}, {"target_modules": "("}, {"r": 10**9}):
+        edit_config(copied, **changes)
+        with pytest.raises(InputError, match=next(iter(changes))):
+            lora_peft.load_adapter(copied)
+        (copied / "adapter_config.json").write_bytes(before)
+    facts = json.loads((copied / "lora_peft.json").read_text(encoding="utf-8"))
+    del facts["r"]
+    (copied / "lora_peft.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(InputError, match="'r' is missing"):
+        lora_peft.load_adapter(copied)
+
+
+def test_importing_replaces_nothing(adapter: Path, tmp_path: Path) -> None:
+    lora_peft.main(["--export-scratch", str(adapter), "--output", str(tmp_path / "a.pt")])
+    with pytest.raises(InputError, match="there is something already"):
+        lora_peft.main(["--import-scratch", str(tmp_path / "a.pt"), "--output", str(adapter)])
+
+
+def test_an_output_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(InputError, match="a file stands there"):
+        lora_peft.main(["--output", str(tmp_path / "a")])
+
+
 def rewrite(folder: Path, change) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)

@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_peft
 import lora_scratch
@@ -76,6 +77,7 @@ def test_resume_says_what_it_does(tiny_base: Path, tiny_data: Path, tmp_path: Pa
     lora_scratch.main(flags)
     assert "finished" in capsys.readouterr().out
     assert (tmp_path / "a.pt").read_bytes() == before
+    lora_scratch.main([*flags, "--alpha", "16"])  # the default, spelt out
     with pytest.raises(InputError, match=r"lr was 0\.0002 and is now 0\.1"):
         lora_scratch.main([*flags, "--lr", "0.1"])
     with pytest.raises(InputError, match="train_samples was None and is now 10"):
@@ -193,6 +195,37 @@ def test_a_stopped_command_says_how_to_go_on(
         output, errors = process.communicate(timeout=60)
     assert process.returncode == code and errors == ""
     assert output.splitlines()[-1].startswith("stopped after step") and "--resume" in output.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses up to the save are finite, its own update is not."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            self.param_groups[0]["params"][0].data[0, 0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--save-every", "2"]
+    with pytest.raises(InputError, match="step 5: the loss is not finite"):
+        lora_scratch.main([*flags, "--output", str(tmp_path / "a.pt")])
+    state = torch.load(tmp_path / "a.pt.state", weights_only=True)
+    assert len(state["losses"]) == 3 and all(t.isfinite().all() for t in state["trained"].values())
+
+
+def test_another_base_of_the_same_shape_is_not_resumed_on(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    flags = ["--model", str(base), "--dataset", str(tiny_data), "--max-steps", "2", "--output", str(tmp_path / "a.pt")]
+    lora_scratch.main(flags)
+    weights = load_file(base / "model.safetensors")
+    weights["embeddings.LayerNorm.bias"] += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="--resume: fingerprint was"):
+        lora_scratch.main([*flags, "--resume"])
 
 
 def test_ctrl_c_outside_the_loop_ends_without_a_traceback() -> None:

@@ -276,6 +276,12 @@ def test_gradients_are_clipped(tiny_base: Path, tiny_data: Path, tmp_path: Path,
     assert min(free) > 0.01 and clipped == pytest.approx([0.001] * 4, rel=1e-3)
 
 
+def test_clipping_at_zero_is_none(tiny_base: Path, tiny_data: Path, tmp_path: Path, steps) -> None:
+    for limit in ("0", "1000000"):
+        Run(tiny_base, tiny_data, tmp_path / "a.pt", "--max-steps", "3", "--max-grad-norm", limit)
+    assert steps[:3] == steps[3:]
+
+
 def test_every_step_starts_from_no_gradient(tiny_base: Path, tiny_data: Path, tmp_path: Path, steps) -> None:
     flags = ["--lr", "0", "--batch-size", "40", "--max-steps", "10", "--max-grad-norm", "1000000"]
     Run(tiny_base, tiny_data, tmp_path / "a.pt", *flags)
@@ -583,6 +589,21 @@ def test_an_output_folder_without_the_right_to_write_is_refused_at_once(
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # root may write anywhere
     refused(r"--output .*a\.pt: no right to write there", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["{}/reviews.tsv", "{}/reviews.pt", "{}/base", ".", ".."])
+def test_an_output_in_the_way_of_its_input_is_refused(
+    output: str, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of reviews.pt is reviews.json, its tokenizer goes into the folder reviews."""
+    monkeypatch.chdir(tmp_path)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    data = shutil.copytree(tiny_data, tmp_path / "reviews")
+    flags = ["--model", base, "--dataset", data, "--precision", "fp32", "--output", output.format(tmp_path)]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"--output .*(stand there|ends in \.pt)"):
+        main([str(flag) for flag in flags])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["a", "a.bin", "a.pt.gz"])
