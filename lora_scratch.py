@@ -12,6 +12,9 @@ method; the rest of the file reads sentences, batches them by length, trains and
     python lora_scratch.py --dataset reviews.csv --text-column review --label-column stars
     python lora_scratch.py --max-steps 100               # a short run, to see that everything works
 
+On a stand-in for DistilBERT of a third its size, which is no evidence about DistilBERT (README, Results), the first
+takes 48 minutes on one core and is right in 87.35 ± 1.26 % (three seeds, last epoch).
+
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, sections 4.1 and 4.2.
 """
 
