@@ -638,7 +638,7 @@ def sum_over_ranks(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     loss, *gradients = flat.split([part.numel() for part in parts])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
-    return loss[0]
+    return loss[0].clone()  # a view would keep all of `flat` alive
 
 
 @torch.inference_mode()

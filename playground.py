@@ -75,7 +75,7 @@ def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> M
 
 
 def read_texts(args: argparse.Namespace) -> Iterable[str]:
-    """The sentences asked about. A file is opened now, before any model is loaded, and read as it is answered."""
+    """The sentences asked about. A text file is opened now, before any model is loaded, and read as it is answered."""
     if args.sentences and not args.file:
         return args.sentences
     if args.file and args.file.suffix.lower() in FORMATS:
@@ -102,7 +102,7 @@ def read_columns(path: Path, columns: list[str]) -> list[list[str]]:
 
 
 def chunks(texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
-    """1,024 texts at a time: enough to sort by length, and input of any length takes no more memory."""
+    """1,024 texts at a time: enough to sort by length, and a text file of any length takes no more memory."""
     bar = tqdm(texts, unit=" sentences", disable=not progress, delay=1, dynamic_ncols=True)
     whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # half characters: an argument that is no UTF-8
     return iter(lambda: list(itertools.islice(whole, 1024)), [])
