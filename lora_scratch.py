@@ -842,7 +842,13 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the clearly fastest")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps a progress report (%(default)s)")
+    add(
+        "--log-every",
+        type=number(int, 1),
+        default=20,
+        metavar="N",
+        help="steps a report; without a terminal 10 N (%(default)s)",
+    )
     add("--save-every", type=number(int, 1), default=500, metavar="N", help="steps a training state (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state beside --output")
     add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")

@@ -1,6 +1,6 @@
 """Ask the trained adapters: sentences as arguments, from a file or a pipe, or one by one at a prompt.
 
-    python playground.py "The movie was absolutely fantastic!"      # every adapter in model/ answers
+    python playground.py "The movie was absolutely fantastic!"      # the adapters of both training scripts answer
     python playground.py                                            # a prompt; exit, Ctrl-D or Ctrl-C leaves
     python playground.py --explain "It is not bad at all."          # which words carried the decision
     python playground.py --file reviews.csv --text-column review --json > answers.jsonl
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-size", type=number(int, 1), default=32, help="sentences at a time (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")
     add("--explain", action="store_true", help="show what each word does to the probability (default: off)")
-    add("--glue", type=Path, metavar="FILE", help="write GLUE's submission file for SST-2, then exit (default: off)")
+    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission to it, then exit (default: off)")
     add("--export", type=Path, metavar="FOLDER", help="write the merged model, then exit (default: off)")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no adapter in model/ yet: python lora_scratch.py or python lora_peft.py makes one")
     if (args.glue or args.export) and len(paths) > 1:
         raise InputError(f"--glue and --export take one model; choose with --model among {', '.join(map(str, paths))}")
+    if args.glue and args.file and args.glue.absolute() == args.file.absolute():
+        raise InputError(f"--glue {args.glue}: that is the file with the sentences; name another to write to")
     if args.export and any(args.export.glob("*")):
         raise InputError(f"--export {args.export}: that folder has files in it; name a new one")
     if args.export:

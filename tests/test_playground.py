@@ -435,6 +435,8 @@ def test_glue_takes_one_model_and_the_right_file(here: Path, tmp_path: Path) -> 
         ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv", "--file", tmp_path / "test.txt")
     with pytest.raises(InputError, match="leave the rest out"):
         ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv", "I loved it")
+    with pytest.raises(InputError, match="that is the file with the sentences"):
+        ask("--model", SCRATCH, "--glue", tmp_path / "test.tsv", "--file", tmp_path / "test.tsv")
     assert not (tmp_path / "SST-2.tsv").exists()
 
 
