@@ -156,15 +156,17 @@ def test_stopped_at_20_random_moments_it_loses_nothing(
         process.start()
         return process
 
-    whole, hits, chance = tmp_path / "whole" / SCRIPTS[script], 0, random.Random(0)
+    whole, hits, trials, chance = tmp_path / "whole" / SCRIPTS[script], 0, 0, random.Random(0)
     for _ in range(2):  # the first waits for the imports
         started = time.monotonic()
         process = start(whole)
         process.join()
         seconds = time.monotonic() - started
         assert process.exitcode == 0
-    for trial in range(20):
-        output = tmp_path / str(trial) / SCRIPTS[script]
+    while hits < 20:
+        trials += 1
+        assert trials <= 60
+        output = tmp_path / str(trials) / SCRIPTS[script]
         process = start(output)
         process.join(chance.uniform(0.3, 0.9) * seconds)
         if process.exitcode is None:
@@ -172,14 +174,15 @@ def test_stopped_at_20_random_moments_it_loses_nothing(
         process.join()
         # Before the loop begins SIGTERM ends a process as always; in it the step is finished and saved.
         assert process.exitcode in ((0, -number) if number == signal.SIGKILL else (0, -number, 128 + number))
-        hits += process.exitcode != 0
-        if process.exitcode != 0:
-            process = start(output, "--resume")
-            process.join()
-            assert process.exitcode == 0
+        if process.exitcode == 0:  # a shared machine has become faster: it was done before the moment came
+            seconds *= 0.9
+            continue
+        hits += 1
+        process = start(output, "--resume")
+        process.join()
+        assert process.exitcode == 0
         assert same_bits(whole, output)
-    print(f"{script}: stopped by signal {number} {hits} times, nothing lost")
-    assert hits >= 15
+    print(f"{script}: stopped by signal {number} {hits} times in {trials} runs, nothing lost")
 
 
 @pytest.mark.slow
