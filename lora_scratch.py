@@ -243,8 +243,8 @@ def cast_base(base: Base, dtype: torch.dtype) -> None:
 def last_layer_for_cls_only(model: nn.Module) -> None:
     """Let DistilBERT's last layer compute [CLS] alone, all that its head reads: 14 % less work.
 
-    The logits change by rounding only (under 1e-6): keys and values still come from every token. Does nothing to a model
-    whose last layer is of another kind.
+    The logits change by rounding only (under 1e-6): keys and values still come from every token. Does nothing to a
+    model whose last layer is of another kind.
     """
     layers = [module for module in model.modules() if type(module) is TransformerBlock]
     if not layers or model.config._attn_implementation not in ("sdpa", "eager"):
