@@ -13,7 +13,8 @@ import lora_scratch
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
 
 
-@pytest.mark.parametrize("script", ["lora_scratch.py", pytest.param("lora_peft.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["lora_scratch.py", "lora_peft.py"])
 def test_two_processes_follow_the_loss_path_of_one(
     script: str, tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
