@@ -52,6 +52,7 @@ from lora_scratch import (
     load_trained_base,
     make_facts,
     make_parser,
+    parse,
     predict,
     run,
     save_checkpoint,
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--use-dora", action="store_true", help="DoRA, weight-decomposed LoRA, which only PEFT has")
     add("--import-scratch", type=Path, metavar="FILE.pt", help="write a handwritten checkpoint as a folder, then exit")
     add("--export-scratch", type=Path, metavar="FOLDER", help="write an adapter folder as --output FILE.pt, then exit")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.import_scratch or args.export_scratch:
         return import_scratch(args) if args.import_scratch else export_scratch(args)
     if args.output.is_file():
@@ -222,9 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     save_adapter(args.output, model, base, facts | {"record": record})
     reloaded, _ = load_adapter(args.output)
     cast_base(reloaded, args.dtype)
-    _, correct = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
+    _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     size = sum(file.stat().st_size for file in args.output.glob("adapter_*"))
-    finish(args, record, losses, correct, len(eval_set.label), size)
+    finish(args, record, losses, confusion, label_names, size)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A pretrained linear layer y = W x + b stays frozen and learns a low-rank correct
 B starts at zero, so training starts from exactly the pretrained model. `LoRALinear` below is the whole
 method; the rest of the file reads sentences, batches them by length, trains and saves a few megabytes.
 
+    python lora_scratch.py --demo                        # a minute on a small model and sentences of our own, no Hub
     python lora_scratch.py                               # DistilBERT on SST-2, r 8 on q_lin and v_lin
     python lora_scratch.py --freeze-head                 # the published recipe: 147,456 trained parameters
     python lora_scratch.py --dataset reviews.csv --text-column review --label-column stars
@@ -30,6 +31,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -192,7 +194,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         )
     except Exception as error:  # whatever is wrong with its files: each of the libraries raises its own
         why = f"cannot load the base model {name!r} ({first_line(error)})"
-        raise InputError(f"{why}; name a local folder with --model (in playground.py --base)") from error
+        why += "; name a local folder with --model (in playground.py --base)"
+        raise InputError(why if Path(name).is_dir() else f"{why}; {WITHOUT_HUB}") from error
     head, digest = [], hashlib.sha256()
     for key, parameter in sorted(model.named_parameters()):
         if not key.startswith(f"{model.base_model_prefix}.") or key in report["missing_keys"] or ".pooler." in key:
@@ -271,6 +274,8 @@ def last_layer_for_cls_only(model: nn.Module) -> None:
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # Hub name, configuration, revision
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
+DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 1e-3, "epochs": 3}  # of --demo
+WITHOUT_HUB = "without the Hub, ./setup.sh --demo and then --demo show the whole job"
 SPLITS = ("train", "validation", "dev")  # the file names of a folder; dev is GLUE's name for validation
 FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -323,7 +328,7 @@ def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
     except Exception as error:  # of the network, of the Hub's files, of a damaged folder
         why = f"cannot load the data set {args.dataset!r} ({first_line(error)})"
-        raise InputError(f"{why}; name a local one with --dataset") from error
+        raise InputError(f"{why}; name a local one with --dataset{'' if saved else '; ' + WITHOUT_HUB}") from error
     return data if isinstance(data, datasets.DatasetDict) else {"train": data}
 
 
@@ -351,7 +356,7 @@ def read_rows(args: argparse.Namespace, name: str, split: datasets.Dataset) -> t
 def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]]:
     """Training and validation sentences, not yet tokenised, and the names of their labels."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a parser's error is told once, as InputError
-    if not sys.stderr.isatty():
+    if not on_terminal():
         datasets.disable_progress_bars()
     data = read_dataset(args)
     if "train" not in data:
@@ -385,10 +390,14 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
     if args.label_names and len(set(args.label_names)) != len(known):
         count = len(set(args.label_names))
         raise InputError(f"--label-names: {count} names for the {len(known)} labels {', '.join(known)}")
-    sst2 = known == ["0", "1"] and re.search(r"sst[-_]?2", f"{args.dataset} {args.dataset_config}".lower())
-    names = args.label_names or names or (["negative", "positive"] if sst2 else known)
+    names = args.label_names or names or (["negative", "positive"] if known == ["0", "1"] and is_sst2(args) else known)
     train_set = Sentences([texts[i] for i in order], [index[labels[i]] for i in order], [])
     return train_set, Sentences(eval_texts, [index[label] for label in eval_labels], []), names
+
+
+def is_sst2(args: argparse.Namespace) -> bool:
+    """Whether the data set calls itself SST-2, whose label 1 is positive."""
+    return re.search(r"sst[-_]?2", f"{args.dataset} {args.dataset_config}".lower()) is not None
 
 
 def tokenize(sentences: Sentences, tokenizer: Callable, max_length: int) -> Sentences:
@@ -475,7 +484,7 @@ def train(
     if rank > 0:
         torch.manual_seed(args.seed + rank)  # another dropout in every process
     scaler.scale(torch.zeros((), device=device))  # a process whose first share is empty needs its start all the same
-    silent = rank > 0 or not sys.stderr.isatty()
+    silent = rank > 0 or not on_terminal()
     progress = tqdm(total=total_steps, initial=len(losses), unit="step", disable=silent, dynamic_ncols=True)
 
     with catch_signals() as caught:
@@ -524,7 +533,8 @@ def train(
                     state.save(epochs, losses, time.perf_counter() - start, caught)
             seconds, spent = time.perf_counter() - start, 0.0
             train_loss = torch.stack(losses[-len(batches) :]).mean().item()
-            eval_loss, correct = evaluate(model, pad_id, eval_set, args)
+            eval_loss, confusion = evaluate(model, pad_id, eval_set, args)
+            correct = int(confusion.trace())
             accuracy = 100 * correct / len(eval_set.label)
             epochs.append({"epoch": epoch + 1, "steps": len(batches), "train_loss": train_loss, "eval_loss": eval_loss})
             epochs[-1] |= {"accuracy": accuracy, "correct": correct, "total": len(eval_set.label)}
@@ -553,7 +563,7 @@ class TrainingState:
 
     def __init__(self, args: argparse.Namespace, train_set: Sentences, trained: dict[str, Tensor], parts: dict):
         self.path, self.trained, self.parts = args.output.with_name(f"{args.output.name}.state"), trained, parts
-        free = ("resume", "save_every", "log_every", "output", "dtype")  # what may differ without changing the result
+        free = ("resume", "save_every", "log_every", "output", "dtype", "report")  # these do not change the result
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in free}
         self.settings["precision"] = str(args.dtype)  # the one in use: auto may choose another today
         data = str((train_set.input_ids, train_set.label)).encode()
@@ -624,6 +634,11 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def on_terminal() -> bool:
+    """Whether a progress bar can be redrawn in place: a notebook looks like a terminal, but keeps every line of it."""
+    return sys.stderr.isatty() and not {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
+
+
 def rank_and_size() -> tuple[int, int]:
     """This process's number among those that torchrun started, and how many they are: 0 of 1 without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -658,11 +673,12 @@ def predict(model: nn.Module, pad_id: int, input_ids: list[list[int]], batch_siz
     return logits.cpu()
 
 
-def evaluate(model: nn.Module, pad_id: int, sentences: Sentences, args: argparse.Namespace) -> tuple[float, int]:
-    """Mean cross-entropy (nats) and the number of right answers."""
+def evaluate(model: nn.Module, pad_id: int, sentences: Sentences, args: argparse.Namespace) -> tuple[float, Tensor]:
+    """Mean cross-entropy (nats), and how often each label (row) was answered with each (column): (labels, labels)."""
     logits = predict(model, pad_id, sentences.input_ids, args.eval_batch_size, args.dtype)
-    labels = torch.tensor(sentences.label)
-    return F.cross_entropy(logits, labels).item(), int((logits.argmax(dim=1) == labels).sum())
+    labels, count = torch.tensor(sentences.label), logits.shape[1]
+    pairs = torch.bincount(labels * count + logits.argmax(dim=1), minlength=count * count)
+    return F.cross_entropy(logits, labels).item(), pairs.view(count, count)
 
 
 # --- Files ------------------------------------------------------------------------------------------
@@ -812,6 +828,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
         description=description, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("model and data").add_argument
+    add("--demo", action="store_true", help=f"without the Hub: {', '.join(f'{k} {v}' for k, v in DEMO.items())}")
     add("--model", help=f"base model: folder or Hub name (default: {LOCAL_MODEL} if there, else {DISTILBERT[0]})")
     add("--revision", help="the Hub's revision of the base model (default: a pinned one for the default model)")
     add("--dataset", help=f"file, folder or Hub name (default: {LOCAL_DATA} if there, else {GLUE[0]})")
@@ -851,8 +868,21 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     )
     add("--save-every", type=number(int, 1), default=500, metavar="N", help="steps a training state (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state beside --output")
+    add("--report", action="store_true", help="per-label figures at the end (default: unless the data is SST-2)")
     add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags; --demo changes the defaults of others, which can still be given."""
+    args = parser.parse_args(argv)
+    if args.demo:
+        output = parser.get_default("output")
+        parser.set_defaults(**DEMO, output=output.with_name(output.name.replace("distilbert_sst2", "demo")))
+        args = parser.parse_args(argv)
+        if args.model == DEMO["model"] and not Path(args.model).is_dir():
+            raise InputError(f"--demo: no base model in {args.model} yet; ./setup.sh --demo makes it")
+    return args
 
 
 def start(args: argparse.Namespace) -> None:
@@ -915,16 +945,36 @@ def describe(args: argparse.Namespace, parameters: dict[str, Tensor], head: list
     return record | {"parameters": counts | {"trained": trained}}
 
 
-def finish(args: argparse.Namespace, record: dict, losses: list[float], correct: int, total: int, size: int) -> None:
-    """Write the run's record beside its result, and say what came out."""
-    every = args.log_every
+def finish(
+    args: argparse.Namespace, record: dict, losses: list[float], confusion: Tensor, label_names: list[str], size: int
+) -> None:
+    """Write the run's record beside its result, and say what came out and how to ask it."""
+    every, correct, total = args.log_every, int(confusion.trace()), int(confusion.sum())
     blocks = [losses[i : i + every] for i in range(0, len(losses), every)]
     curve = {"every": every, "loss": [round(sum(block) / len(block), 5) for block in blocks]}
     result = {"accuracy": 100 * correct / total, "correct": correct, "total": total, "bytes": size}
+    result |= {"label_names": label_names, "confusion": confusion.tolist()}
     text = json.dumps(record | {"loss_curve": curve, "result": result}, indent=1) + "\n"
     write_whole(beside(args.output, ".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
+    if args.report or not is_sst2(args):
+        print(report(confusion, label_names))
     print(f"accuracy {result['accuracy']:.2f} %")
+    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
+
+
+def report(confusion: Tensor, label_names: list[str]) -> str:
+    """Precision, recall and F1 of each label in percent, - where undefined, and the confusion matrix beside them."""
+    names = [" ".join(name.split())[:20] for name in label_names]
+    rows = [["label", "precision", "recall", "F1", "sentences", "answered as:", *names]]
+    for i, (name, counts) in enumerate(zip(names, confusion.tolist(), strict=True)):
+        right, given, real = counts[i], int(confusion[:, i].sum()), sum(counts)
+        shares = ((right, given), (right, real), (2 * right, given + real))
+        rows.append(
+            [name, *(f"{100 * n / of:.1f}" if of else "-" for n, of in shares), str(real), "", *map(str, counts)]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -949,7 +999,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt").parse_args(argv)
+    args = parse(make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt"), argv)
     start(args)
     if args.output.suffix != ".pt" or args.output.is_dir():
         raise InputError(f"--output {args.output}: give a file name that ends in .pt")
@@ -972,8 +1022,8 @@ def main(argv: list[str] | None = None) -> None:
     save_checkpoint(args.output, trained_tensors(model.state_dict(), base.head), facts | {"record": record}, base)
     reloaded, _ = load_checkpoint(args.output)
     cast_base(reloaded, args.dtype)
-    _, correct = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
-    finish(args, record, losses, correct, len(eval_set.label), args.output.stat().st_size)
+    _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
+    finish(args, record, losses, confusion, label_names, args.output.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from lora_scratch import (
     load_checkpoint,
     merge_lora,
     number,
+    on_terminal,
     predict,
     read_file,
     run,
@@ -51,7 +52,8 @@ from lora_scratch import (
     write_whole,
 )
 
-SCRATCH, PEFT = Path("model/lora_scratch_distilbert_sst2.pt"), Path("model/lora_peft_distilbert_sst2")
+TRAINED = [Path("model/lora_scratch_distilbert_sst2.pt"), Path("model/lora_peft_distilbert_sst2")]
+DEMOS = [Path("model/lora_scratch_demo.pt"), Path("model/lora_peft_demo")]  # asked where none of the first is there
 
 
 class Model(NamedTuple):
@@ -155,7 +157,7 @@ def explain(model: Model, text: str, batch_size: int) -> list[tuple[str, float]]
 def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespace, headed: bool) -> None:
     """Print every model's answer to each text, in the order given; under the text itself where `headed`."""
     width, indent = max(len(model.name) for model in models), "  " * headed
-    for chunk in chunks(texts, progress=sys.stderr.isatty() and not sys.stdout.isatty()):  # or the answers show it
+    for chunk in chunks(texts, progress=on_terminal() and not sys.stdout.isatty()):  # or the answers show it
         for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
             if args.json:
                 print(*map(json.dumps, answers), sep="\n")
@@ -216,7 +218,7 @@ def write_glue(model: Model, args: argparse.Namespace) -> None:
             raise InputError(f"no Hub ({first_line(error)}): give index<TAB>sentence with --file") from error
         index, texts = table["idx"], table["sentence"]
     predictions = []
-    for chunk in chunks(texts, progress=sys.stderr.isatty()):
+    for chunk in chunks(texts, progress=on_terminal()):
         predictions += logits(model, read_tokens(chunk, model)[0], args.batch_size).argmax(dim=1).tolist()
     rows = "".join(f"{i}\t{prediction}\n" for i, prediction in zip(index, predictions, strict=True))
     write_whole(args.glue, lambda temporary: temporary.write_text("index\tprediction\n" + rows, encoding="utf-8"))
@@ -248,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="what to judge (default: standard input, or a prompt)")
-    add("--model", type=Path, action="append", metavar="PATH", help=f"may be repeated (default: {SCRATCH}, {PEFT})")
+    add("--model", type=Path, action="append", metavar="PATH", help="may be repeated (default: all that was trained)")
     add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
     add("--text-column", default="sentence", help="of a table (default: %(default)s)")
@@ -262,9 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a parser's error is told once, as InputError
     if sum(map(bool, (args.sentences, args.glue, args.export))) > 1 or (args.export and args.file):
         raise InputError("--glue goes with --file alone, --export with neither; leave the rest out")
-    paths = args.model or [path for path in (SCRATCH, PEFT) if path.exists()]
+    paths = args.model or [p for p in TRAINED if p.exists()] or [p for p in DEMOS if p.exists()]
     if not paths:
-        raise InputError("no adapter in model/ yet: python lora_scratch.py or python lora_peft.py makes one")
+        raise InputError("no adapter in model/ yet: python lora_scratch.py makes one, with --demo in a minute")
     if (args.glue or args.export) and len(paths) > 1:
         raise InputError(f"--glue and --export take one model; choose with --model among {', '.join(map(str, paths))}")
     if args.glue and args.file and args.glue.absolute() == args.file.absolute():

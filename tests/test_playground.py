@@ -29,7 +29,7 @@ import playground
 from lora_scratch import InputError
 
 SCRIPT = playground.__file__
-SCRATCH, PEFT = str(playground.SCRATCH), str(playground.PEFT)
+SCRATCH, PEFT = map(str, playground.TRAINED)
 FLAGS = ["--json", "--explain"]
 SENTENCES = [*GOOD.split("|"), *BAD.split("|"), "the film", "a", "great " * 60]
 
@@ -533,7 +533,7 @@ def test_a_base_that_has_moved_is_found_and_another_is_refused(here: Path, tiny_
 
 def test_without_an_adapter_it_says_what_makes_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"python lora_scratch\.py.*python lora_peft\.py"):
+    with pytest.raises(InputError, match=r"python lora_scratch\.py makes one, with --demo in a minute"):
         ask("I loved it")
 
 

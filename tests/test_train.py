@@ -105,13 +105,16 @@ def test_the_accuracy_told_is_that_of_the_file_reloaded_under_another_seed(train
     torch.manual_seed(7)
     base, checkpoint = load_checkpoint(trained.path)
     dev = tokenize(load_data(args)[1], base.tokenizer, checkpoint["max_length"])
-    _, correct = evaluate(base.model, base.tokenizer.pad_token_id, dev, args)
-    result = trained.record["result"]
-    assert result == {"accuracy": 10 * correct, "correct": correct, "total": 10, "bytes": trained.path.stat().st_size}
+    _, confusion = evaluate(base.model, base.tokenizer.pad_token_id, dev, args)
+    result, correct = trained.record["result"], int(confusion.trace())
+    expected = {"accuracy": 10 * correct, "correct": correct, "total": 10, "bytes": trained.path.stat().st_size}
+    assert result == expected | {"label_names": ["bad", "good"], "confusion": confusion.tolist()}
     lines = trained.said.splitlines()
-    assert lines[-1] == f"accuracy {10 * correct:.2f} %"
-    assert f"reloaded, it answers {correct}/10 right" in lines[-2]
-    assert f"accuracy {10 * correct:.2f} % ({correct}/10)" in lines[-3] and lines[-3].startswith("epoch 20: ")
+    assert lines[-1] == f'ask it: python playground.py --model {trained.path} "A sentence of your own."'
+    assert lines[-2] == f"accuracy {10 * correct:.2f} %"
+    *_, epoch, saved, _, _, _ = lines[:-2]  # the last three are the report
+    assert f"reloaded, it answers {correct}/10 right" in saved
+    assert f"accuracy {10 * correct:.2f} % ({correct}/10)" in epoch and epoch.startswith("epoch 20: ")
 
 
 def test_it_learns(trained: Run, tiny_data: Path) -> None:
@@ -120,8 +123,8 @@ def test_it_learns(trained: Run, tiny_data: Path) -> None:
     args.dtype = torch.float32
     base, _ = load_checkpoint(trained.path)
     train_set = tokenize(load_data(args)[0], base.tokenizer, 128)
-    loss, correct = evaluate(base.model, 0, train_set, args)
-    assert correct == 40 and loss < 0.1
+    loss, confusion = evaluate(base.model, 0, train_set, args)
+    assert confusion.tolist() == [[20, 0], [0, 20]] and loss < 0.1
     losses = [epoch["train_loss"] for epoch in trained.record["epochs"]]
     assert losses[0] > 0.6 and losses[-1] < 0.3
 
@@ -303,15 +306,16 @@ def test_the_last_epoch_is_reported_and_not_the_best(
 ) -> None:
     models, heads = [], []
 
-    def descending(model: nn.Module, *_) -> tuple[float, int]:
+    def descending(model: nn.Module, *_) -> tuple[float, Tensor]:
         models.append(model)
         heads.append(model.classifier.weight.detach().clone())
-        return 0.5, [9, 5, 2, 2][len(heads) - 1]
+        correct = [9, 5, 2, 2][len(heads) - 1]
+        return 0.5, torch.tensor([[correct, 10 - correct], [0, 0]])
 
     monkeypatch.setattr(lora_scratch, "evaluate", descending)
     run = Run(tiny_base, tiny_data, tmp_path / "a.pt", "--epochs", "3", "--lr", "0.01")
     assert [epoch["correct"] for epoch in run.record["epochs"]] == [9, 5, 2]
-    assert run.record["result"]["correct"] == 2 and run.said.endswith("accuracy 20.00 %\n")
+    assert run.record["result"]["correct"] == 2 and "\naccuracy 20.00 %\n" in run.said
     assert torch.equal(heads[3], heads[2]) and not torch.equal(heads[2], heads[0])
     assert torch.equal(run.state["classifier.weight"], heads[2])
     assert models[3] is not models[2]  # what was measured is the file
