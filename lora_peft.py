@@ -14,6 +14,7 @@ The result is an adapter folder that PEFT loads without this project: see the RE
 import argparse
 import json
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     size = sum(file.stat().st_size for file in args.output.glob("adapter_*"))
     finish(args, record, losses, confusion, label_names, size)
+    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def last_layer_for_cls_only(model: nn.Module) -> None:
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # Hub name, configuration, revision
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
-DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 1e-3, "epochs": 3}  # of --demo
+DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 2e-3, "epochs": 4}  # of --demo
 WITHOUT_HUB = "without the Hub, ./setup.sh --demo and then --demo show the whole job"
 SPLITS = ("train", "validation", "dev")  # the file names of a folder; dev is GLUE's name for validation
 FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -948,7 +948,7 @@ def describe(args: argparse.Namespace, parameters: dict[str, Tensor], head: list
 def finish(
     args: argparse.Namespace, record: dict, losses: list[float], confusion: Tensor, label_names: list[str], size: int
 ) -> None:
-    """Write the run's record beside its result, and say what came out and how to ask it."""
+    """Write the run's record beside its result, and say what came out."""
     every, correct, total = args.log_every, int(confusion.trace()), int(confusion.sum())
     blocks = [losses[i : i + every] for i in range(0, len(losses), every)]
     curve = {"every": every, "loss": [round(sum(block) / len(block), 5) for block in blocks]}
@@ -960,7 +960,6 @@ def finish(
     if args.report or not is_sst2(args):
         print(report(confusion, label_names))
     print(f"accuracy {result['accuracy']:.2f} %")
-    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
 
 
 def report(confusion: Tensor, label_names: list[str]) -> str:
@@ -1024,6 +1023,7 @@ def main(argv: list[str] | None = None) -> None:
     cast_base(reloaded, args.dtype)
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     finish(args, record, losses, confusion, label_names, args.output.stat().st_size)
+    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
 
 
 if __name__ == "__main__":

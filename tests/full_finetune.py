@@ -5,6 +5,8 @@
 The flags are those of lora_scratch.py; those about LoRA do nothing. The result is a plain Hugging Face folder.
 """
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -40,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     args.fingerprint = base.fingerprint  # a resumed run has to have the same base
     last_layer_for_cls_only(model)
     model.requires_grad_(True).to(args.device)  # all in float32: what is trained is not held in 16 bits
-    record = describe(args, dict(model.named_parameters()), base.head, [])
-    print("full fine-tuning: the base is trained too")
+    with contextlib.redirect_stdout(io.StringIO()) as table:  # it would call the base frozen
+        record = describe(args, dict(model.named_parameters()), base.head, [])
+    print(f"full fine-tuning, all {record['parameters']['trained']:,} parameters", table.getvalue().splitlines()[-1])
 
     record["epochs"], losses = train(model, pad_id, train_set, eval_set, args)
 

@@ -1,15 +1,15 @@
 """What the README claims is what the code has and what the records hold."""
 
+import argparse
 import json
 import re
+import runpy
+import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
-
-import lora_peft
-import lora_scratch
-import playground
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,20 +22,46 @@ def test_the_code_it_shows_is_the_code_that_runs() -> None:
     assert shown in (ROOT / "lora_scratch.py").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("script", ["lora_scratch", "lora_peft", "playground", "tests/side_by_side", "tests/benchmark"])
-def test_each_flag_in_a_command_exists(script: str, capsys: pytest.CaptureFixture) -> None:
-    commands = re.findall(rf"python {script}\.py([^\n#`→]*)", README)
-    used = {flag for command in commands for flag in re.findall(r"--[a-z][a-z0-9-]*", command)}
-    module = {"lora_peft": lora_peft, "playground": playground}.get(script, lora_scratch)
-    if script == "tests/benchmark":
-        text = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
-    else:
-        with pytest.raises(SystemExit):
-            module.main(["--help"])
-        text = capsys.readouterr().out
-    assert commands, script
-    for flag in used:
-        assert re.search(rf"{flag}\b", text), f"{script} has no {flag}"
+class Parsed(BaseException):
+    """Raised where a script's arguments are parsed, in place of all that follows."""
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each call of a script that the README shows, in a block or in a line of text: its file and its arguments."""
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    text = "\n".join([blocks, *(line.replace("\n", " ") for line in lines)])
+    return sorted(set(re.findall(r"(?:python|torchrun --nproc-per-node 2) (\S+\.py)([^\n#→|>…]*)", text)))
+
+
+def test_the_commands_are_found() -> None:
+    scripts = {script for script, _ in commands()}
+    assert {"lora_scratch.py", "lora_peft.py", "playground.py", "tests/benchmark.py", "tests/recipes.py"} <= scripts
+    assert ("lora_scratch.py", " --demo") in {(script, arguments.rstrip()) for script, arguments in commands()}
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands())
+def test_each_command_parses(script: str, arguments: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
+        real(self, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments.removesuffix(' "'))])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_each_flag_exists() -> None:
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    known = {*re.findall(r'add(?:_argument)?\(\s*"(--[a-z0-9-]+)"', text), "--nproc-per-node"}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
+    assert len(shown) > 20 and shown <= known, shown - known
+    assert "./setup.sh --demo" in README and "--demo)" in (ROOT / "setup.sh").read_text(encoding="utf-8")
 
 
 def test_every_file_of_the_tree_exists() -> None:

@@ -1,0 +1,106 @@
+"""One figure from the JSON records of runs: loss, accuracy, and the benchmark's bars.
+
+    python tests/plot_results.py                                    # the committed records → tests/results/results.svg
+    python tests/plot_results.py model/a.json model/b.json --output runs.svg    # records of your own
+
+The background is transparent and every colour keeps its contrast on a white page and on a dark one.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+RESULTS = Path(__file__).parent / "results"
+INK = "#7a7a7a"  # text and axes: the grey in the middle between the two pages
+COLORS = ["#2f81f7", "#d9730d", "#2a9d5c", "#a371f7", "#e5534b", "#1b8a97"]
+STYLE = {
+    "svg.hashsalt": "lora",  # the same file from the same records
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.framealpha": 0,
+    "legend.fontsize": 9,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
+}
+
+
+def committed_runs() -> dict[str, dict]:
+    """The runs that the README reports, by the name in the legend."""
+    both = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
+    runs = {f"{script}.py, 10,000 phrases": both[script] for script in ("lora_scratch", "lora_peft")}
+    for path in sorted(RESULTS.glob("default_seed*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        runs[f"lora_scratch.py, all phrases, seed {run['settings']['seed']}"] = run
+    return runs
+
+
+def plot_loss(axes: Axes, runs: dict[str, dict]) -> None:
+    """The training loss, averaged over what a record keeps; runs that coincide show as dashes over a broad line."""
+    for i, (name, run) in enumerate(runs.items()):
+        every, loss = run["loss_curve"]["every"], run["loss_curve"]["loss"]
+        steps = [every * (n + 1) for n in range(len(loss))]
+        look = {"linewidth": 4, "alpha": 0.55} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
+        axes.plot(steps, loss, color=COLORS[i % len(COLORS)], label=name, **look)
+    axes.set(title="training loss", xlabel="step")
+
+
+def plot_accuracy(axes: Axes, runs: dict[str, dict]) -> None:
+    """The accuracy on the validation set after each epoch."""
+    for i, (name, run) in enumerate(runs.items()):
+        epochs = run["epochs"]
+        look = {"linewidth": 4, "alpha": 0.55} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
+        x, y = [epoch["epoch"] for epoch in epochs], [epoch["accuracy"] for epoch in epochs]
+        axes.plot(x, y, marker="o", color=COLORS[i % len(COLORS)], label=name, **look)
+    axes.set(title="validation accuracy, %", xlabel="epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_bars(axes: Axes, rows: list[dict], title: str) -> None:
+    """A bar for each row of the benchmark, ours in blue."""
+    names = [row["label"].replace("*", "").replace("`", "").replace(", fp32", "") for row in rows]
+    rates = [row["rate"] for row in rows]
+    ours = ["**" in row["label"] for row in rows]
+    bars = axes.barh(names, rates, color=[COLORS[0] if own else INK for own in ours], height=0.65)
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(title=title)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="*", help="JSON records of runs (default: the committed ones)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "results.svg", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.records} or committed_runs()
+    benchmark = json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))
+    bars = [] if args.records else benchmark["rows"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1 + bool(bars), 2, figsize=(11, 8 if bars else 4), squeeze=False, layout="constrained"
+        )
+        plot_loss(axes[0][0], dict(list(runs.items())[: None if args.records else 2]))
+        plot_accuracy(axes[0][1], runs)
+        axes[0][1].legend(loc="lower right")
+        axes[0][0].legend(loc="upper right")
+        if bars:
+            answering = [row for row in bars if row["kind"] in ("playground", "pipeline")]
+            plot_bars(axes[1][0], [row for row in bars if row not in answering], "training, sentences/s")
+            plot_bars(axes[1][1], answering, "answering, lines/s")
+        digest = hashlib.sha256(json.dumps([runs, bars]).encode()).hexdigest()
+        figure.savefig(args.output, metadata={"Date": None, "Description": f"records {digest}"})
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
