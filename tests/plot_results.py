@@ -34,14 +34,20 @@ STYLE = {
 }
 
 
-def committed_runs() -> dict[str, dict]:
-    """The runs that the README reports, by the name in the legend."""
+def committed() -> tuple[dict[str, dict], list[dict]]:
+    """The runs that the README reports, by the name in the legend, and the benchmark's rows."""
     both = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
     runs = {f"{script}.py, 10,000 phrases": both[script] for script in ("lora_scratch", "lora_peft")}
     for path in sorted(RESULTS.glob("default_seed*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         runs[f"lora_scratch.py, all phrases, seed {run['settings']['seed']}"] = run
-    return runs
+    return runs, json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))["rows"]
+
+
+def digest(runs: dict[str, dict], bars: list[dict]) -> str:
+    """What the figure shows, as SHA-256: it is written into the file."""
+    shown = [[name, run["loss_curve"], run["epochs"]] for name, run in runs.items()]
+    return hashlib.sha256(json.dumps([shown, [[row["label"], row["rate"]] for row in bars]]).encode()).hexdigest()
 
 
 def plot_loss(axes: Axes, runs: dict[str, dict]) -> None:
@@ -82,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("records", type=Path, nargs="*", help="JSON records of runs (default: the committed ones)")
     parser.add_argument("--output", type=Path, default=RESULTS / "results.svg", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.records} or committed_runs()
-    benchmark = json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))
-    bars = [] if args.records else benchmark["rows"]
+    runs, bars = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.records}, []
+    if not runs:
+        runs, bars = committed()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1 + bool(bars), 2, figsize=(11, 8 if bars else 4), squeeze=False, layout="constrained"
@@ -97,8 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             answering = [row for row in bars if row["kind"] in ("playground", "pipeline")]
             plot_bars(axes[1][0], [row for row in bars if row not in answering], "training, sentences/s")
             plot_bars(axes[1][1], answering, "answering, lines/s")
-        digest = hashlib.sha256(json.dumps([runs, bars]).encode()).hexdigest()
-        figure.savefig(args.output, metadata={"Date": None, "Description": f"records {digest}"})
+        figure.savefig(args.output, metadata={"Date": None, "Description": f"records {digest(runs, bars)}"})
     print(f"wrote {args.output}")
 
 

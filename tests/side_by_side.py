@@ -4,7 +4,7 @@ PEFT draws its initial tensors in another order, so equal seeds are not an equal
 lora_peft.py begins are copied into lora_scratch.py, and both seed again just before they train.
 
     python tests/side_by_side.py --model model/minilm-l6-distilbert --dataset dataset/SST-2 \\
-        --train-samples 10000 --epochs 1 --precision fp32
+        --train-samples 10000 --epochs 3 --precision fp32
 
 writes tests/results/side_by_side.json. The flags are those of the two scripts, except --output.
 """
@@ -55,7 +55,6 @@ def main() -> None:
     losses = [torch.tensor(outcome[script]["losses"]) for script in ("lora_peft", "lora_scratch")]
     result = {script: outcome[script]["record"] for script in outcome}
     for record in result.values():
-        record.pop("loss_curve")
         record["settings"].pop("output")  # a temporary folder
     result["largest_loss_difference"] = (losses[0] - losses[1]).abs().max().item()
     path = Path(__file__).parent / "results" / "side_by_side.json"

@@ -9,7 +9,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import plot_results
 import pytest
+import recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,3 +94,42 @@ def test_the_side_by_side_table_is_the_one_on_record() -> None:
         assert f"| {' | '.join(cells)} |" in README
     assert abs(record["lora_scratch"]["result"]["correct"] - record["lora_peft"]["result"]["correct"]) <= 1
     assert f"{record['largest_loss_difference']:.1e}" in README
+
+
+def test_the_table_of_recipes_is_the_one_on_record() -> None:
+    record = json.loads((RESULTS / "recipes.json").read_text(encoding="utf-8"))
+    shown = README.split("<!-- recipes -->")[1].split("<!-- /recipes -->")[0]
+    assert shown.strip() == recipes.table(record)
+    assert record["rows"].keys() == recipes.RECIPES.keys()
+    for name, row in record["rows"].items():
+        assert len(row["seeds"]) == len(row["correct"]) == 3
+        scores = [100 * right / record["total"] for right in row["correct"]]
+        assert (row["mean"], row["deviation"]) == pytest.approx((statistics.mean(scores), statistics.stdev(scores)))
+        rates = recipes.RECIPES[name][2]
+        if len(rates) > 1:  # the best of those tried, and not the last at either end
+            assert row["tuning"].keys() == {f"{rate:g}" for rate in rates}
+            assert row["lr"] == float(max(row["tuning"], key=row["tuning"].get))
+            assert min(rates) < row["lr"] < max(rates)
+        else:
+            assert row["lr"] == rates[0] and not row["tuning"]
+
+
+def test_the_figure_is_of_the_records() -> None:
+    assert f"records {plot_results.digest(*plot_results.committed())}" in (RESULTS / "results.svg").read_text("utf-8")
+
+
+def test_the_figure_reads_well_on_a_light_and_a_dark_page() -> None:
+    def luminance(color: str) -> float:  # of sRGB, as WCAG 2 defines it
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(one: str, other: str) -> float:
+        dark, light = sorted((luminance(one), luminance(other)))
+        return (light + 0.05) / (dark + 0.05)
+
+    for page in ("#ffffff", "#0d1117"):
+        assert contrast(plot_results.INK, page) > 4.2
+        assert all(contrast(color, page) > 3 for color in plot_results.COLORS)
+    used = set(re.findall(r"#[0-9a-f]{6}\b", (RESULTS / "results.svg").read_text("utf-8")))
+    assert used <= {plot_results.INK, *plot_results.COLORS}
