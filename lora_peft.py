@@ -14,7 +14,6 @@ The result is an adapter folder that PEFT loads without this project: see the RE
 import argparse
 import json
 import re
-import shlex
 import warnings
 from pathlib import Path
 
@@ -53,11 +52,12 @@ from lora_scratch import (
     load_trained_base,
     make_facts,
     make_parser,
-    parse,
+    parse_flags,
     predict,
     run,
     save_checkpoint,
     start,
+    tell_how_to_ask,
     tokenize,
     train,
     trained_tensors,
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--use-dora", action="store_true", help="DoRA, weight-decomposed LoRA, which only PEFT has")
     add("--import-scratch", type=Path, metavar="FILE.pt", help="write a handwritten checkpoint as a folder, then exit")
     add("--export-scratch", type=Path, metavar="FOLDER", help="write an adapter folder as --output FILE.pt, then exit")
-    args = parse(parser, argv)
+    args = parse_flags(parser, argv)
     if args.import_scratch or args.export_scratch:
         return import_scratch(args) if args.import_scratch else export_scratch(args)
     if args.output.is_file():
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     size = sum(file.stat().st_size for file in args.output.glob("adapter_*"))
     finish(args, record, losses, confusion, label_names, size)
-    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
+    tell_how_to_ask(args.output)
 
 
 if __name__ == "__main__":

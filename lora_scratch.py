@@ -13,7 +13,7 @@ method; the rest of the file reads sentences, batches them by length, trains and
     python lora_scratch.py --dataset reviews.csv --text-column review --label-column stars
     python lora_scratch.py --max-steps 100               # a short run, to see that everything works
 
-On a stand-in for DistilBERT of a third its size, which is no evidence about DistilBERT (README, Results), the first
+On a stand-in for DistilBERT of a third its size, which is no evidence about DistilBERT (README, Results), the second
 takes 48 to 50 minutes on a core and is right in 87.35 ± 1.26 % (three seeds, last epoch).
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, sections 4.1 and 4.2.
@@ -275,7 +275,7 @@ GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # H
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 2e-3, "epochs": 4}  # of --demo
-WITHOUT_HUB = "without the Hub, ./setup.sh --demo and then --demo show the whole job"
+WITHOUT_HUB = "without the Hub: ./setup.sh --demo, then python lora_scratch.py --demo"
 SPLITS = ("train", "validation", "dev")  # the file names of a folder; dev is GLUE's name for validation
 FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -387,9 +387,9 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
         raise InputError(f"{args.dataset}: label {unknown[0]!r} of a row is not one of the training labels {training}")
     if args.label_names and not whole:
         raise InputError(f"--label-names is for integer labels; {args.dataset} has names: {', '.join(known)}")
-    if args.label_names and len(set(args.label_names)) != len(known):
-        count = len(set(args.label_names))
-        raise InputError(f"--label-names: {count} names for the {len(known)} labels {', '.join(known)}")
+    if args.label_names and not len(set(args.label_names)) == len(args.label_names) == len(known):
+        given = ", ".join(args.label_names)
+        raise InputError(f"--label-names: {given} are not {len(known)} names for the labels {', '.join(known)}")
     names = args.label_names or names or (["negative", "positive"] if known == ["0", "1"] and is_sst2(args) else known)
     train_set = Sentences([texts[i] for i in order], [index[labels[i]] for i in order], [])
     return train_set, Sentences(eval_texts, [index[label] for label in eval_labels], []), names
@@ -563,7 +563,7 @@ class TrainingState:
 
     def __init__(self, args: argparse.Namespace, train_set: Sentences, trained: dict[str, Tensor], parts: dict):
         self.path, self.trained, self.parts = args.output.with_name(f"{args.output.name}.state"), trained, parts
-        free = ("resume", "save_every", "log_every", "output", "dtype", "report")  # these do not change the result
+        free = {"resume", "save_every", "log_every", "output", "dtype", "demo", "report"}  # these change no result
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in free}
         self.settings["precision"] = str(args.dtype)  # the one in use: auto may choose another today
         data = str((train_set.input_ids, train_set.label)).encode()
@@ -868,12 +868,16 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     )
     add("--save-every", type=number(int, 1), default=500, metavar="N", help="steps a training state (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state beside --output")
-    add("--report", action="store_true", help="per-label figures at the end (default: unless the data is SST-2)")
+    add(
+        "--report",
+        action="store_true",
+        help="figures of each label at the end (default: unless the data is called SST-2)",
+    )
     add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The flags; --demo changes the defaults of others, which can still be given."""
     args = parser.parse_args(argv)
     if args.demo:
@@ -958,22 +962,28 @@ def finish(
     write_whole(beside(args.output, ".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
     if args.report or not is_sst2(args):
-        print(report(confusion, label_names))
+        print(label_report(confusion, label_names))
     print(f"accuracy {result['accuracy']:.2f} %")
 
 
-def report(confusion: Tensor, label_names: list[str]) -> str:
-    """Precision, recall and F1 of each label in percent, - where undefined, and the confusion matrix beside them."""
+def label_report(confusion: Tensor, label_names: list[str]) -> str:
+    """Precision, recall and F1 of each label in percent, - where undefined; the confusion matrix of up to 10 labels."""
     names = [" ".join(name.split())[:20] for name in label_names]
-    rows = [["label", "precision", "recall", "F1", "sentences", "answered as:", *names]]
+    matrix = len(names) <= 10
+    rows = [["label", "precision", "recall", "F1", "sentences", *(["answered as:", *names] if matrix else [])]]
     for i, (name, counts) in enumerate(zip(names, confusion.tolist(), strict=True)):
         right, given, real = counts[i], int(confusion[:, i].sum()), sum(counts)
         shares = ((right, given), (right, real), (2 * right, given + real))
-        rows.append(
-            [name, *(f"{100 * n / of:.1f}" if of else "-" for n, of in shares), str(real), "", *map(str, counts)]
-        )
+        shares = [f"{100 * n / of:.1f}" if of else "-" for n, of in shares]
+        rows.append([name, *shares, str(real), *(["", *map(str, counts)] if matrix else [])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+
+
+def tell_how_to_ask(output: Path) -> None:
+    """Print the command that asks the result, with Python and folder as they were typed for this one."""
+    command = [sys.orig_argv[0], os.path.join(os.path.dirname(sys.argv[0]), "playground.py"), "--model", str(output)]
+    print(f'ask it: {shlex.join(command)} "A sentence of your own."')
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -988,6 +998,7 @@ def first_line(error: BaseException) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal or a pipe that does not know every character
     try:
         main()
     except KeyboardInterrupt:  # before or after the training: nothing is to be saved
@@ -998,7 +1009,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt"), argv)
+    args = parse_flags(make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt"), argv)
     start(args)
     if args.output.suffix != ".pt" or args.output.is_dir():
         raise InputError(f"--output {args.output}: give a file name that ends in .pt")
@@ -1023,7 +1034,7 @@ def main(argv: list[str] | None = None) -> None:
     cast_base(reloaded, args.dtype)
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     finish(args, record, losses, confusion, label_names, args.output.stat().st_size)
-    print(f'ask it: python playground.py --model {shlex.quote(str(args.output))} "A sentence of your own."')
+    tell_how_to_ask(args.output)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="what to judge (default: standard input, or a prompt)")
-    add("--model", type=Path, action="append", metavar="PATH", help="may be repeated (default: all that was trained)")
+    add(
+        "--model",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="may be repeated (default: what training writes by default)",
+    )
     add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
     add("--text-column", default="sentence", help="of a table (default: %(default)s)")
@@ -292,7 +298,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that does not know every character
     try:
         run(main)
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora_scratch import (
+    InputError,
     describe,
     evaluate,
     finish,
@@ -22,7 +23,7 @@ from lora_scratch import (
     load_base,
     load_data,
     make_parser,
-    parse,
+    parse_flags,
     run,
     start,
     tokenize,
@@ -32,7 +33,9 @@ from lora_scratch import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(make_parser(__doc__, "model/full_finetune"), argv)
+    args = parse_flags(make_parser(__doc__, "model/full_finetune"), argv)
+    if args.output.is_file():
+        raise InputError(f"--output {args.output}: a file stands there; name a folder")
     start(args)
     train_set, eval_set, label_names = load_data(args)
     base = load_base(args.model, args.revision, label_names, args.max_length)

@@ -37,10 +37,10 @@ STYLE = {
 def committed() -> tuple[dict[str, dict], list[dict]]:
     """The runs that the README reports, by the name in the legend, and the benchmark's rows."""
     both = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
-    runs = {f"{script}.py, 10,000 phrases": both[script] for script in ("lora_scratch", "lora_peft")}
+    runs = {f"{script}.py\n10,000 phrases": both[script] for script in ("lora_scratch", "lora_peft")}
     for path in sorted(RESULTS.glob("default_seed*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        runs[f"lora_scratch.py, all phrases, seed {run['settings']['seed']}"] = run
+        runs[f"lora_scratch.py\nall phrases, seed {run['settings']['seed']}"] = run
     return runs, json.loads((RESULTS / "benchmark.json").read_text(encoding="utf-8"))["rows"]
 
 
@@ -50,23 +50,25 @@ def digest(runs: dict[str, dict], bars: list[dict]) -> str:
     return hashlib.sha256(json.dumps([shown, [[row["label"], row["rate"]] for row in bars]]).encode()).hexdigest()
 
 
+def look(i: int) -> dict:
+    """The first run's line is broad, the others' are dashed over it: lines that coincide both show."""
+    line = {"linewidth": 4} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
+    return line | {"color": COLORS[i % len(COLORS)]}
+
+
 def plot_loss(axes: Axes, runs: dict[str, dict]) -> None:
-    """The training loss, averaged over what a record keeps; runs that coincide show as dashes over a broad line."""
+    """The training loss: means over a few steps each, as a record keeps them."""
     for i, (name, run) in enumerate(runs.items()):
         every, loss = run["loss_curve"]["every"], run["loss_curve"]["loss"]
-        steps = [every * (n + 1) for n in range(len(loss))]
-        look = {"linewidth": 4, "alpha": 0.55} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
-        axes.plot(steps, loss, color=COLORS[i % len(COLORS)], label=name, **look)
+        axes.plot([every * (n + 1) for n in range(len(loss))], loss, label=name, **look(i))
     axes.set(title="training loss", xlabel="step")
 
 
 def plot_accuracy(axes: Axes, runs: dict[str, dict]) -> None:
     """The accuracy on the validation set after each epoch."""
     for i, (name, run) in enumerate(runs.items()):
-        epochs = run["epochs"]
-        look = {"linewidth": 4, "alpha": 0.55} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
-        x, y = [epoch["epoch"] for epoch in epochs], [epoch["accuracy"] for epoch in epochs]
-        axes.plot(x, y, marker="o", color=COLORS[i % len(COLORS)], label=name, **look)
+        x, y = zip(*((epoch["epoch"], epoch["accuracy"]) for epoch in run["epochs"]), strict=True)
+        axes.plot(x, y, marker="o", label=name, **look(i))
     axes.set(title="validation accuracy, %", xlabel="epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -88,21 +90,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("records", type=Path, nargs="*", help="JSON records of runs (default: the committed ones)")
     parser.add_argument("--output", type=Path, default=RESULTS / "results.svg", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    runs, bars = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.records}, []
-    if not runs:
+    try:
+        runs, bars = (
+            {str(path.with_suffix("")): json.loads(path.read_text(encoding="utf-8")) for path in args.records},
+            [],
+        )
+        plotted = [(run["loss_curve"]["loss"], run["epochs"][0]["accuracy"]) for run in runs.values()]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"not a record of a run: {error}; give the .json files beside its results")
+    if not plotted:
         runs, bars = committed()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1 + bool(bars), 2, figsize=(11, 8 if bars else 4), squeeze=False, layout="constrained"
-        )
-        plot_loss(axes[0][0], dict(list(runs.items())[: None if args.records else 2]))
-        plot_accuracy(axes[0][1], runs)
-        axes[0][1].legend(loc="lower right")
-        axes[0][0].legend(loc="upper right")
-        if bars:
+        figure = plt.figure(figsize=(11, 7.5 if bars else 4), layout="constrained")
+        above, *below = figure.subfigures(1 + bool(bars), 1, squeeze=False)[:, 0]
+        left, right = above.subplots(1, 2)
+        plot_loss(left, dict(list(runs.items())[: 2 if bars else None]))
+        plot_accuracy(right, runs)
+        right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        if below:
+            above.suptitle("the MiniLM stand-in")
+            below[0].suptitle("full-size DistilBERT, random weights, fp32 on a CPU")
+            left, right = below[0].subplots(1, 2)
             answering = [row for row in bars if row["kind"] in ("playground", "pipeline")]
-            plot_bars(axes[1][0], [row for row in bars if row not in answering], "training, sentences/s")
-            plot_bars(axes[1][1], answering, "answering, lines/s")
+            plot_bars(left, [row for row in bars if row not in answering], "training, sentences/s")
+            plot_bars(right, answering, "answering, lines/s")
         figure.savefig(args.output, metadata={"Date": None, "Description": f"records {digest(runs, bars)}"})
     print(f"wrote {args.output}")
 

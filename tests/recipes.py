@@ -1,8 +1,8 @@
-"""The results table: recipes side by side, three seeds each, their learning rates tuned alike.
+"""The results table: recipes side by side, three seeds each; where a rate is tuned, all are tuned alike.
 
 A rate is tuned on 10,000 phrases of the training data, one epoch, one seed; the rate kept is the one with the most
-right answers on 5,000 other phrases of the training data. The validation set is read by the final runs alone, once
-for every seed, after the last epoch.
+right answers on 5,000 other phrases of the training data. The validation set decides nothing: only the final runs
+read it, and what counts is the accuracy after the last epoch.
 
     python tests/recipes.py --model model/minilm-l6-distilbert --dataset dataset/SST-2 --train-samples 30000 \\
         --epochs 1 --jobs 2
@@ -17,7 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from benchmark import cpu_name
@@ -25,7 +25,7 @@ from benchmark import cpu_name
 ROOT = Path(__file__).parent.parent
 RATES = [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
 RECIPES = {  # name: script, flags, rates to choose from
-    "published": ("lora_scratch.py", ["--freeze-head"], [2e-4]),
+    "published, head frozen": ("lora_scratch.py", ["--freeze-head"], [2e-4]),
     "default": ("lora_scratch.py", [], [2e-4]),
     "default, rate tuned": ("lora_scratch.py", [], RATES),
     "all linear layers, rate tuned": ("lora_scratch.py", ["--targets", "all-linear"], RATES),
@@ -43,15 +43,20 @@ def split_training_data(dataset: Path, folder: Path) -> None:
     (folder / "train.tsv").write_text("".join([head, *rows[HELD_OUT:]]), encoding="utf-8")
 
 
-def train_once(script: str, flags: list[str], output: Path) -> dict:
-    """The record of one run: trained now, or resumed, or read where it is finished."""
-    name = output.name if script == "lora_scratch.py" else output.name.removesuffix(".pt")
-    record = output.with_name(output.name.removesuffix(".pt") + ".json")
+def train_once(script: str, settings: dict, flags: list[str], stem: Path) -> dict:
+    """The record of one run: trained now, or resumed, or read where it is finished and its settings were the same."""
+    record, output = stem.with_suffix(".json"), stem.with_suffix(".pt" if script == "lora_scratch.py" else "")
     if not record.exists():
-        command = [sys.executable, str(ROOT / script), *flags, "--threads", "1", "--resume"]
-        with open(record.with_suffix(".log"), "a", encoding="utf-8") as log:
-            subprocess.run([*command, "--output", str(output.with_name(name))], stdout=log, stderr=log, check=True)
-    return json.loads(record.read_text(encoding="utf-8"))
+        for key, value in settings.items():
+            flags = [*flags, f"--{key.replace('_', '-')}", str(value)]
+        command = [sys.executable, str(ROOT / script), *flags, "--threads", "1", "--resume", "--output", str(output)]
+        with open(stem.with_suffix(".log"), "a", encoding="utf-8") as log:
+            subprocess.run(command, stdout=log, stderr=log, check=True)
+    found = json.loads(record.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if found["settings"][key] != value:
+            sys.exit(f"{record}: {key} was {found['settings'][key]} and is now {value}; choose another --work")
+    return found
 
 
 def summarise(tuning: dict[float, dict], final: list[dict]) -> dict:
@@ -72,13 +77,12 @@ def summarise(tuning: dict[float, dict], final: list[dict]) -> dict:
 
 def table(result: dict) -> str:
     """The README's table, and below it how the rates were found and on what machine."""
-    names = {"published": "published: `--freeze-head`"}
     lines = [
         "| recipe | accuracy, % | learning rate | trained parameters | file, MB | minutes |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        cells = [names.get(name, name), f"**{row['mean']:.2f} ± {row['deviation']:.2f}**", f"{row['lr']:g}"]
+        cells = [name, f"**{row['mean']:.2f} ± {row['deviation']:.2f}**", f"{row['lr']:g}"]
         cells += [f"{row['trained']:,}", f"{row['bytes'] / 1e6:.1f}", f"{statistics.mean(row['minutes']):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     tried = [
@@ -87,8 +91,10 @@ def table(result: dict) -> str:
         for name, row in result["rows"].items()
         if row["tuning"]
     ]
-    seeds = ", ".join(map(str, row["seeds"]))
-    run = f"{result['phrases']:,} phrases, {result['epochs']} epoch, seeds {seeds}; mean ± standard deviation after the"
+    seeds = ", ".join(map(str, result["rows"]["default"]["seeds"]))
+    run = (
+        f"{result['phrases']:,} phrases, epochs: {result['epochs']}, seeds {seeds}; mean ± standard deviation after the"
+    )
     run += f" last epoch, on the {result['total']} validation sentences. {result['machine']}, float32, a thread each,"
     run += f" {result['jobs']} runs at a time with other work beside them: the minutes are an upper bound."
     tuning = "How the rates were tuned: 10,000 phrases, one epoch, one seed; rate and right answers among"
@@ -107,20 +113,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("model/recipes"), help="for all runs (default: %(default)s)")
     args = parser.parse_args()
     split_training_data(args.dataset, args.work / "sst2_tuning")
-    common = ["--model", args.model, "--precision", "fp32", "--save-every", "2000"]
-    tune = [*common, "--dataset", str(args.work / "sst2_tuning"), "--train-samples", "10000", "--epochs", "1"]
-    final = [*common, "--dataset", str(args.dataset), "--epochs", str(args.epochs)]
-    final += ["--train-samples", str(args.train_samples)] if args.train_samples else []
+    common = {"model": args.model, "precision": "fp32", "save_every": 2000}
+    tune = common | {"dataset": str(args.work / "sst2_tuning"), "train_samples": 10000, "epochs": 1}
+    final = common | {"dataset": str(args.dataset), "epochs": args.epochs}
+    final |= {"train_samples": args.train_samples} if args.train_samples else {}
+    pool = ThreadPoolExecutor(args.jobs)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    def begin(name: str, what: str, settings: dict) -> Future:
+        script, flags, _ = RECIPES[name]
+        stem = f"{name}_{what}_lr{settings['lr']:.0e}".replace(",", "").replace(" ", "_")
+        return pool.submit(train_once, script, settings, flags, args.work / stem)
 
-        def begin(name: str, what: str, rate: float, flags: list[str]):
-            script, own, _ = RECIPES[name]
-            output = args.work / f"{name.replace(', ', '_').replace(' ', '_')}_{what}.pt"
-            return pool.submit(train_once, script, [*flags, *own, "--lr", str(rate)], output)
-
+    try:
         tried = {
-            name: {rate: begin(name, f"tune_{rate:g}", rate, tune) for rate in rates if len(rates) > 1}
+            name: {rate: begin(name, "tune", tune | {"lr": rate}) for rate in rates if len(rates) > 1}
             for name, (_, _, rates) in RECIPES.items()
         }
         tried = {name: {rate: run.result() for rate, run in runs.items()} for name, runs in tried.items()}
@@ -128,20 +134,19 @@ def main() -> None:
             name: max(runs, key=lambda rate: runs[rate]["result"]["correct"]) if runs else RECIPES[name][2][0]
             for name, runs in tried.items()
         }
-        print({name: f"{rate:g}" for name, rate in best.items()}, flush=True)
         runs = {
-            (name, seed): begin(name, f"seed{seed}", best[name], [*final, "--seed", str(seed)])
+            (name, seed): begin(name, f"seed{seed}", final | {"lr": best[name], "seed": seed})
             for seed in args.seeds
             for name in RECIPES
         }
         records = {key: run.result() for key, run in runs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # where a run failed, or Ctrl-C came: begin no other
 
     rows = {name: summarise(tried[name], [records[name, seed] for seed in args.seeds]) for name in RECIPES}
     one = records["default", args.seeds[0]]
-    result = {
-        "epochs": args.epochs,
-        "phrases": round(one["epochs"][0]["sentences_per_second"] * one["epochs"][0]["seconds"]),
-    }
+    phrases = args.train_samples or len((args.dataset / "train.tsv").read_text(encoding="utf-8").splitlines()) - 1
+    result = {"epochs": args.epochs, "phrases": phrases}
     result |= {"held_out": HELD_OUT, "jobs": args.jobs, "total": one["result"]["total"]}
     result |= {"machine": cpu_name(), "hardware": one["hardware"], "versions": one["versions"], "rows": rows}
     path = Path(__file__).parent / "results" / "recipes.json"

@@ -256,7 +256,7 @@ def test_label_names_are_for_integers_and_differ(tmp_path: Path) -> None:
     words = labelled(tmp_path / "words", ["neg", "pos"])
     with pytest.raises(InputError, match=r"--label-names is for integer labels; .* has names: neg, pos"):
         load(words, "--label-names", "positive", "negative")
-    with pytest.raises(InputError, match="1 names for the 2 labels"):
+    with pytest.raises(InputError, match="same, same are not 2 names for the labels 0, 1"):
         load(labelled(tmp_path / "numbers", [0, 1]), "--label-names", "same", "same")
 
 
@@ -267,8 +267,10 @@ def test_one_sentence_is_not_divided(tmp_path: Path) -> None:
 def test_label_names_are_counted(tmp_path: Path) -> None:
     folder = labelled(tmp_path / "data", [0, 1, 2])
     assert load(folder, "--label-names", "bad", "so so", "good")[2] == ["bad", "so so", "good"]
-    with pytest.raises(InputError, match=r"--label-names: 2 names for the 3 labels 0, 1, 2"):
+    with pytest.raises(InputError, match=r"--label-names: bad, good are not 3 names for the labels 0, 1, 2"):
         load(folder, "--label-names", "bad", "good")
+    with pytest.raises(InputError, match=r"--label-names: .* are not 3 names"):
+        load(folder, "--label-names", "bad", "good", "so so", "good")
 
 
 def test_sst2_is_named_without_being_asked(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -563,7 +565,7 @@ def test_without_a_network_it_ends_within_ten_seconds_in_one_line(
     ):
         output, error, code = answers[missing]
         assert code == 2 and error.startswith(f"error: cannot load the {name}") and remedy in error, error
-        assert "./setup.sh --demo and then --demo" in error
+        assert "./setup.sh --demo, then python lora_scratch.py --demo" in error
         assert error.count("\n") == 1 and "Traceback" not in error
         assert float(output.splitlines()[-1]) < 10
     assert list(tmp_path.rglob("*.pt")) == []

@@ -88,12 +88,14 @@ def test_the_side_by_side_table_is_the_one_on_record() -> None:
     record = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
     for script in ("lora_scratch", "lora_peft"):
         run = record[script]
-        result, seconds = run["result"], run["epochs"][-1]["seconds"]
+        result, seconds = run["result"], sum(epoch["seconds"] for epoch in run["epochs"])
         cells = [f"`{script}.py`", f"{result['accuracy']:.2f} % ({result['correct']}/872)"]
         cells += [f"{run['parameters']['trained']:,}", f"{result['bytes'] / 1e6:.2f} MB", f"{seconds:.0f}"]
         assert f"| {' | '.join(cells)} |" in README
     assert abs(record["lora_scratch"]["result"]["correct"] - record["lora_peft"]["result"]["correct"]) <= 1
-    assert f"{record['largest_loss_difference']:.1e}" in README
+    assert f"10,000 phrases, {len(record['lora_peft']['epochs'])} epochs" in README
+    steps = sum(epoch["steps"] for epoch in record["lora_peft"]["epochs"])
+    assert f"The losses of the {steps:,} steps differ by at most {record['largest_loss_difference']:.1e}" in README
 
 
 def test_the_table_of_recipes_is_the_one_on_record() -> None:
@@ -131,5 +133,7 @@ def test_the_figure_reads_well_on_a_light_and_a_dark_page() -> None:
     for page in ("#ffffff", "#0d1117"):
         assert contrast(plot_results.INK, page) > 4.2
         assert all(contrast(color, page) > 3 for color in plot_results.COLORS)
+    text = [key for key in plot_results.STYLE if "color" in key and key.partition(".")[0] in ("text", "xtick", "ytick")]
+    assert len(text) == 3 and all(plot_results.STYLE[key] == plot_results.INK for key in [*text, "axes.labelcolor"])
     used = set(re.findall(r"#[0-9a-f]{6}\b", (RESULTS / "results.svg").read_text("utf-8")))
     assert used <= {plot_results.INK, *plot_results.COLORS}
