@@ -52,7 +52,7 @@ def digest(runs: dict[str, dict], bars: list[dict]) -> str:
 
 def look(i: int) -> dict:
     """The first run's line is broad, the others' are dashed over it: lines that coincide both show."""
-    line = {"linewidth": 4} if i == 0 else {"linewidth": 1.3, "linestyle": (0, (3, 2))}
+    line = {"linewidth": 5} if i == 0 else {"linewidth": 1.8, "linestyle": (0, (2, 2))}
     return line | {"color": COLORS[i % len(COLORS)]}
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import io
 import itertools
 import json
 import re
@@ -159,3 +160,10 @@ def test_a_notebook_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not on_terminal()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     assert not on_terminal()
+
+
+def test_a_label_that_the_output_cannot_encode_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "cp1252"))
+    lora_scratch.run(lambda: print(label_report(torch.eye(2, dtype=torch.long), ["хорошо", "плохо"]), flush=True))
+    assert b"100.0" in output.getvalue()

@@ -12,6 +12,9 @@ from pathlib import Path
 import plot_results
 import pytest
 import recipes
+import torch
+
+import lora_scratch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -137,3 +140,13 @@ def test_the_figure_reads_well_on_a_light_and_a_dark_page() -> None:
     assert len(text) == 3 and all(plot_results.STYLE[key] == plot_results.INK for key in [*text, "axes.labelcolor"])
     used = set(re.findall(r"#[0-9a-f]{6}\b", (RESULTS / "results.svg").read_text("utf-8")))
     assert used <= {plot_results.INK, *plot_results.COLORS}
+
+
+def test_the_demos_run_is_the_one_on_record() -> None:
+    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    assert {key: record["settings"][key] for key in lora_scratch.DEMO} == lora_scratch.DEMO
+    for epoch in record["epochs"]:
+        assert f"accuracy {epoch['accuracy']:.2f} % ({epoch['correct']}/200), {epoch['seconds']:.1f} s\n" in README
+    assert lora_scratch.label_report(torch.tensor(record["result"]["confusion"]), ["negative", "positive"]) in README
+    sst2 = record["sst2_validation"]
+    assert f"{sst2['correct']} ({100 * sst2['correct'] / 872:.2f} %)" in README
