@@ -98,7 +98,10 @@ def table(result: dict) -> str:
     run += f" last epoch, on the {result['total']} validation sentences. {result['machine']}, float32, a thread each,"
     run += f" {result['jobs']} runs at a time with other work beside them: the minutes are an upper bound."
     tuning = "How the rates were tuned: 10,000 phrases, one epoch, one seed; rate and right answers among"
-    tuning += f" {result['held_out']:,} other phrases of the training data. {'; '.join(tried)}."
+    tuning += (
+        f" {result['held_out']:,} other phrases of the training data, which are often parts of the same sentences:"
+    )
+    tuning += f" they rank the rates and estimate nothing else. {'; '.join(tried)}."
     return "\n".join([*lines, "", run, "", tuning])
 
 
