@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     size = sum(file.stat().st_size for file in args.output.glob("adapter_*"))
     finish(args, record, losses, confusion, label_names, size)
-    tell_how_to_ask(args.output)
+    tell_how_to_ask(args.output, eval_set.text)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ method; the rest of the file reads sentences, batches them by length, trains and
     python lora_scratch.py --dataset reviews.csv --text-column review --label-column stars
     python lora_scratch.py --max-steps 100               # a short run, to see that everything works
 
-On a stand-in for DistilBERT of a third its size, which is no evidence about DistilBERT (README, Results), the second
-takes 48 to 50 minutes on a core and is right in 87.35 ± 1.26 % (three seeds, last epoch).
+On a stand-in for DistilBERT of a third its size, which is no evidence about DistilBERT (README, Results), SST-2 with
+the default settings takes 48 to 50 minutes on a core and is right in 87.35 ± 1.26 % (three seeds, last epoch).
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, sections 4.1 and 4.2.
 """
@@ -275,7 +275,7 @@ GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # H
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 2e-3, "epochs": 4}  # of --demo
-WITHOUT_HUB = "without the Hub: ./setup.sh --demo, then python lora_scratch.py --demo"
+WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
 SPLITS = ("train", "validation", "dev")  # the file names of a folder; dev is GLUE's name for validation
 FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -367,9 +367,13 @@ def load_data(args: argparse.Namespace) -> tuple[Sentences, Sentences, list[str]
     if validation is not None:
         eval_texts, eval_labels = read_rows(args, "validation", validation)
     else:
-        held, order = order[: math.ceil(len(order) / 10)], sorted(order[math.ceil(len(order) / 10) :])
-        print(f"{args.dataset} has no validation split: {len(held)} rows are held out by seed {args.seed}")
-        eval_texts, eval_labels = [texts[i] for i in held], [labels[i] for i in held]
+        rows = {}  # of each label, in random order
+        for i in order:
+            rows.setdefault(labels[i], []).append(i)
+        held = {i for own in rows.values() for i in own[: math.ceil(len(own) / 10)] if len(own) > 1} or {order[0]}
+        order = [i for i in order if i not in held]
+        print(f"{args.dataset} has no validation split: a tenth of each label, {len(held)} rows, is held out by seed")
+        eval_texts, eval_labels = [texts[i] for i in sorted(held)], [labels[i] for i in sorted(held)]
     order = order[: args.train_samples] if args.train_samples else sorted(order)
     if not order:
         raise InputError(f"{args.dataset}: one sentence is too few to hold a tenth out; give a validation split")
@@ -825,7 +829,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     """The flags of both training scripts."""
     parser = argparse.ArgumentParser(
-        description=description, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        usage="%(prog)s [options], see --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--demo", action="store_true", help=f"without the Hub: {', '.join(f'{k} {v}' for k, v in DEMO.items())}")
@@ -980,10 +987,11 @@ def label_report(confusion: Tensor, label_names: list[str]) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
-def tell_how_to_ask(output: Path) -> None:
-    """Print the command that asks the result, with Python and folder as they were typed for this one."""
+def tell_how_to_ask(output: Path, texts: list[str]) -> None:
+    """Print the command that asks the result about the shortest text, Python and folder as they were typed."""
     command = [sys.orig_argv[0], os.path.join(os.path.dirname(sys.argv[0]), "playground.py"), "--model", str(output)]
-    print(f'ask it: {shlex.join(command)} "A sentence of your own."')
+    text = min(texts, key=lambda text: (text.startswith("-"), len(text)))[:100]
+    print(f"ask it: {shlex.join([*command, ' '.join(text.split())])}")
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -1034,7 +1042,7 @@ def main(argv: list[str] | None = None) -> None:
     cast_base(reloaded, args.dtype)
     _, confusion = evaluate(reloaded.model.to(args.device), pad_id, eval_set, args)
     finish(args, record, losses, confusion, label_names, args.output.stat().st_size)
-    tell_how_to_ask(args.output)
+    tell_how_to_ask(args.output, eval_set.text)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         plotted = [(run["loss_curve"]["loss"], run["epochs"][0]["accuracy"]) for run in runs.values()]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        parser.error(f"not a record of a run: {error}; give the .json files beside its results")
+        parser.error(f"not a record of a run: {error}; give the .json file beside a run's output")
     if not plotted:
         runs, bars = committed()
     with plt.rc_context(STYLE):

@@ -154,13 +154,24 @@ def test_a_file_of_its_own_loses_a_tenth_by_seed_and_says_so(tmp_path: Path, cap
     path = write(tmp_path / "a.tsv", TSV + "".join(f"film {i}\t{i % 2}\n" for i in range(95)))
     train_set, eval_set, _ = load(path)
     assert len(eval_set.text) == len(eval_set.label) == 10 and len(train_set.text) == 85
+    assert eval_set.label.count(0) == eval_set.label.count(1) == 5
     assert not set(train_set.text) & set(eval_set.text) and len({*train_set.text, *eval_set.text}) == 95
     for sentences in (train_set, eval_set):
         assert all(int(text.split()[1]) % 2 == label for text, label in zip(sentences.text, sentences.label))  # noqa: B905
     said = capsys.readouterr().out
-    assert str(path) in said and "10 rows are held out by seed 42" in said
+    assert str(path) in said and "a tenth of each label, 10 rows, is held out by seed" in said
     assert load(path) == (train_set, eval_set, ["0", "1"])
     assert set(load(path, "--seed", "43")[1].text) != set(eval_set.text)
+
+
+def test_a_rare_label_is_held_out_too_and_trained(tmp_path: Path) -> None:
+    labels = ["a"] * 30 + ["b"] * 2 + ["c"]  # sorted, as many files are
+    path = write(tmp_path / "a.tsv", TSV + "".join(f"film {i}\t{label}\n" for i, label in enumerate(labels)))
+    train_set, eval_set, _ = load(path)
+    assert [eval_set.label.count(i) for i in range(3)] == [3, 1, 0]  # the only c is there to learn from
+    assert [train_set.label.count(i) for i in range(3)] == [27, 1, 1]
+    few = [load(path, "--train-samples", "9", "--seed", str(seed))[0].text for seed in range(5)]
+    assert len(set(map(tuple, few))) == 5 and all(len(text) == 9 for text in few)  # at random, not the first rows
 
 
 def test_a_changed_file_is_read_anew_even_if_its_time_did_not_change(tmp_path: Path) -> None:

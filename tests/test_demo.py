@@ -99,7 +99,7 @@ def test_the_demo_learns_and_the_command_it_ends_with_answers(script: str, real_
     *_, accuracy, last = demo.stdout.splitlines()
     assert float(accuracy.split()[1]) > 80
     command = shlex.split(last.removeprefix("ask it: "))
-    assert command.pop() == "A sentence of your own."
+    assert command.pop() in (ROOT / DEMO["dataset"] / "validation.tsv").read_text(encoding="utf-8")
     said = subprocess.run(
         [*command, "--json", "I loved this wonderful story.", "It was awful."],
         cwd=tmp_path,

@@ -111,7 +111,7 @@ def test_the_accuracy_told_is_that_of_the_file_reloaded_under_another_seed(train
     expected = {"accuracy": 10 * correct, "correct": correct, "total": 10, "bytes": trained.path.stat().st_size}
     assert result == expected | {"label_names": ["bad", "good"], "confusion": confusion.tolist()}
     lines = trained.said.splitlines()
-    assert re.fullmatch(rf'ask it: \S+ \S*playground\.py --model {trained.path} "A sentence of your own\."', lines[-1])
+    assert re.fullmatch(rf"ask it: \S+ \S*playground\.py --model {trained.path} 'I loved it'", lines[-1])
     assert lines[-2] == f"accuracy {10 * correct:.2f} %"
     *_, epoch, saved, _, _, _ = lines[:-2]  # the last three are the report
     assert f"reloaded, it answers {correct}/10 right" in saved
