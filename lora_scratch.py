@@ -866,20 +866,10 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the clearly fastest")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add(
-        "--log-every",
-        type=number(int, 1),
-        default=20,
-        metavar="N",
-        help="steps a report; without a terminal 10 N (%(default)s)",
-    )
+    add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps a report, 10 N off a terminal (20)")
     add("--save-every", type=number(int, 1), default=500, metavar="N", help="steps a training state (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state beside --output")
-    add(
-        "--report",
-        action="store_true",
-        help="figures of each label at the end (default: unless the data is called SST-2)",
-    )
+    add("--report", action="store_true", help="figures of each label at the end, also for data called SST-2")
     add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")
     return parser
 

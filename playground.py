@@ -252,13 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="what to judge (default: standard input, or a prompt)")
-    add(
-        "--model",
-        type=Path,
-        action="append",
-        metavar="PATH",
-        help="may be repeated (default: what training writes by default)",
-    )
+    add("--model", type=Path, action="append", metavar="PATH", help="may be repeated (default: what training wrote)")
     add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
     add("--text-column", default="sentence", help="of a table (default: %(default)s)")

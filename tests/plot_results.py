@@ -91,15 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "results.svg", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        runs, bars = (
-            {str(path.with_suffix("")): json.loads(path.read_text(encoding="utf-8")) for path in args.records},
-            [],
-        )
+        runs = {str(path.with_suffix("")): json.loads(path.read_text(encoding="utf-8")) for path in args.records}
         plotted = [(run["loss_curve"]["loss"], run["epochs"][0]["accuracy"]) for run in runs.values()]
     except (OSError, ValueError, LookupError, TypeError) as error:
         parser.error(f"not a record of a run: {error}; give the .json file beside a run's output")
-    if not plotted:
-        runs, bars = committed()
+    runs, bars = (runs, []) if plotted else committed()
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11, 7.5 if bars else 4), layout="constrained")
         above, *below = figure.subfigures(1 + bool(bars), 1, squeeze=False)[:, 0]

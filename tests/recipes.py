@@ -92,16 +92,12 @@ def table(result: dict) -> str:
         if row["tuning"]
     ]
     seeds = ", ".join(map(str, result["rows"]["default"]["seeds"]))
-    run = (
-        f"{result['phrases']:,} phrases, epochs: {result['epochs']}, seeds {seeds}; mean ± standard deviation after the"
-    )
-    run += f" last epoch, on the {result['total']} validation sentences. {result['machine']}, float32, a thread each,"
-    run += f" {result['jobs']} runs at a time with other work beside them: the minutes are an upper bound."
+    run = f"{result['phrases']:,} phrases, epochs: {result['epochs']}, seeds {seeds}; mean ± standard deviation after"
+    run += f" the last epoch, on the {result['total']} validation sentences. {result['machine']}, float32, a thread"
+    run += f" each, {result['jobs']} runs at a time with other work beside them: the minutes are an upper bound."
     tuning = "How the rates were tuned: 10,000 phrases, one epoch, one seed; rate and right answers among"
-    tuning += (
-        f" {result['held_out']:,} other phrases of the training data, which are often parts of the same sentences:"
-    )
-    tuning += f" they rank the rates and estimate nothing else. {'; '.join(tried)}."
+    tuning += f" {result['held_out']:,} other phrases of the training data, which are often parts of the same"
+    tuning += f" sentences: they rank the rates and estimate nothing else. {'; '.join(tried)}."
     return "\n".join([*lines, "", run, "", tuning])
 
 
