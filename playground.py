@@ -1,20 +1,22 @@
 """Ask the trained adapters: sentences as arguments, from a file or a pipe, or one by one at a prompt.
 
-    python playground.py "The movie was absolutely fantastic!"      # the adapters of both training scripts answer
-    python playground.py                                            # a prompt; exit, Ctrl-D or Ctrl-C leaves
-    python playground.py --explain "It is not bad at all."          # which words carried the decision
+    python playground.py "The movie was absolutely fantastic!"    # what both training scripts wrote answers
+    python playground.py                                          # a prompt; exit, Ctrl-D or Ctrl-C leaves
+    python playground.py --explain "It is not bad at all."        # which words carried the decision
     python playground.py --file reviews.csv --text-column review --json > answers.jsonl
-    cat reviews.txt | python playground.py                          # one sentence a line
-    python playground.py --model FILE.pt --glue SST-2.tsv           # GLUE's submission file for the test split
-    python playground.py --model FILE.pt --export FOLDER            # for pipeline("text-classification", FOLDER)
+    cat reviews.txt | python playground.py                        # one sentence a line
+    python playground.py --model FILE.pt --glue SST-2.tsv         # GLUE's submission for the test split
+    python playground.py --model FILE.pt --export FOLDER       # for pipeline("text-classification", FOLDER)
 
 FILE.pt, or a folder of lora_peft.py: the answers come from float32 weights with the adapter merged in.
 """
 
+from __future__ import annotations
+
 import signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during these slow imports ends the program without a word
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends the program without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
@@ -27,44 +29,50 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
 
 from lora_scratch import (
     FORMATS,
     GLUE,
     Base,
     InputError,
+    Tokens,
+    between,
+    check_text,
     choose_device,
-    first_line,
     load_checkpoint,
     merge_lora,
-    number,
     on_terminal,
     predict,
+    read_columns,
     read_file,
+    reason,
     run,
     use_cache_if_offline,
+    write_file,
     write_folder,
-    write_whole,
 )
 
 TRAINED = [Path("model/lora_scratch_distilbert_sst2.pt"), Path("model/lora_peft_distilbert_sst2")]
-DEMOS = [Path("model/lora_scratch_demo.pt"), Path("model/lora_peft_demo")]  # asked where none of the first is there
+DEMOS = [
+    Path("model/lora_scratch_demo.pt"),
+    Path("model/lora_peft_demo"),
+]  # asked where none of the first is there
 
 
 class Model(NamedTuple):
     name: str  # as the answers call it
+    path: Path
     base: Base
     label_names: list[str]
     max_length: int  # tokens; longer text is cut, as in training
 
 
 def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> Model:
-    """A trained model, plain linear layers where `merged`, from a handwritten checkpoint or a folder of PEFT."""
+    """A trained model from a handwritten checkpoint or a folder of PEFT; plain layers where `merged`."""
     if path.is_dir():
         from lora_peft import load_adapter  # only here: who has no such folder needs no peft
 
@@ -73,57 +81,57 @@ def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> M
         base, facts = load_checkpoint(path, base_name)
         if merged:
             merge_lora(base.model)
-    return Model(name, base, facts["label_names"], facts["max_length"])
+    return Model(name, path, base, facts["label_names"], facts["max_length"])
 
 
 def read_texts(args: argparse.Namespace) -> Iterable[str]:
-    """The sentences asked about. A text file is opened now, before any model is loaded, and read as it is answered."""
+    """The sentences asked about. A text file is opened now, before any model is loaded, and read later."""
     if args.sentences and not args.file:
         return args.sentences
     if args.file and args.file.suffix.lower() in FORMATS:
-        return [*args.sentences, *read_columns(args.file, [args.text_column])[0]]
-    try:  # 0 is standard input; only \n ends a line, so that answers match what other tools count as lines
-        file = open(args.file or 0, encoding="utf-8-sig", errors="replace", newline="\n")  # noqa: SIM115 - read later
+        return [*args.sentences, *read_table(args.file, [args.text_column])[0]]
+    try:  # only \n ends a line, so that answers match what other tools count as lines
+        source = args.file or sys.stdin.fileno()
+        file = open(source, encoding="utf-8-sig", errors="replace", newline="\n")  # noqa: SIM115 - read later
     except OSError as error:
-        raise InputError(f"{args.file or 'standard input'}: {error.strerror}; give a file or a sentence") from error
-    return itertools.chain(args.sentences, (line.removesuffix("\n").removesuffix("\r") for line in file))
+        name = args.file or "standard input"
+        raise InputError(f"{name}: {error.strerror}; give a file or a sentence") from error
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in file)
+    return itertools.chain(args.sentences, lines)
 
 
-def read_columns(path: Path, columns: list[str]) -> list[list[str]]:
-    """Columns of a .tsv, .csv, .jsonl or .parquet file, all of them text."""
+def read_table(path: Path, columns: list[str]) -> list[list[str]]:
+    """Columns of a table, all of them text."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--file {path}: give a table that ends in {', '.join(FORMATS)}")
-    table = read_file(path)
-    for column in columns:
-        if column not in table.column_names:
-            raise InputError(f"{path}: no column {column!r} but {', '.join(table.column_names)}; see --text-column")
-        for i, value in enumerate(table[column], start=1):
-            if not isinstance(value, str):
-                raise InputError(f"{path}: row {i}: {column!r} is not text but {value!r}")
-    return [list(table[column]) for column in columns]
+    values = read_columns(path, read_file(path), columns)
+    for column, texts in zip(columns, values, strict=True):
+        for i, text in enumerate(texts, start=1):
+            check_text(f"{path}: row {i}", column, text)
+    return values
 
 
 def chunks(texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
-    """1,024 texts at a time: enough to sort by length, and a text file of any length takes no more memory."""
+    """1,024 texts at a time: enough to sort by length, and a file of any length takes no more memory."""
     bar = tqdm(texts, unit=" sentences", disable=not progress, delay=1, dynamic_ncols=True)
-    whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # half characters: an argument that is no UTF-8
-    return iter(lambda: list(itertools.islice(whole, 1024)), [])
+    whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # half characters: no UTF-8
+    while chunk := list(itertools.islice(whole, 1024)):
+        yield chunk
 
 
-def read_tokens(texts: list[str], model: Model) -> tuple[list[list[int]], list[bool]]:
+def read_tokens(texts: list[str], model: Model) -> tuple[Tokens, list[bool]]:
     """Token numbers of each text, and whether there were too many."""
-    # A whole megabyte can take 7 seconds, so 10,000 characters are tried first. The 100 spare tokens put a word that
-    # this cuts in two beyond the limit: BERT's tokenizer makes no word longer.
-    encode, limit = model.base.tokenizer, model.max_length
-    tried = encode([text[:10_000] for text in texts], truncation=True, max_length=limit + 100)["input_ids"]
-    texts = [text[:10_000] if len(ids) == limit + 100 else text for text, ids in zip(texts, tried, strict=True)]
-    longer = encode(texts, truncation=True, max_length=limit + 1)["input_ids"]
-    return encode(texts, truncation=True, max_length=limit)["input_ids"], [len(ids) > limit for ids in longer]
+    encoded = model.base.tokenizer(texts, truncation=True, max_length=model.max_length)
+    cut = [bool(encoding.overflowing) for encoding in encoded.encodings or []]  # fast tokenizers tell
+    return Tokens.from_lists(encoded["input_ids"]), cut or [False] * len(texts)
 
 
-def logits(model: Model, input_ids: list[list[int]], batch_size: int) -> Tensor:
-    """(texts, labels), in float32."""
-    return predict(model.base.model, model.base.tokenizer.pad_token_id, input_ids, batch_size, torch.float32)
+def probabilities(model: Model, tokens: Tokens, batch_size: int) -> Tensor:
+    """(texts, labels), in float32; raises InputError where they are no numbers."""
+    found = predict(model.base.model, tokens, batch_size).softmax(dim=1)
+    if not found.isfinite().all():
+        raise InputError(f"{model.path}: its answers are not finite; its tensors or its alpha are too large")
+    return found
 
 
 def classify(model: Model, texts: list[str], args: argparse.Namespace) -> list[dict]:
@@ -132,26 +140,31 @@ def classify(model: Model, texts: list[str], args: argparse.Namespace) -> list[d
     asked = [answer for answer in answers if answer["text"].strip()]
     if not asked:
         return answers
-    input_ids, cut = read_tokens([answer["text"] for answer in asked], model)
-    rows = logits(model, input_ids, args.batch_size).softmax(dim=1).tolist()
+    tokens, cut = read_tokens([answer["text"] for answer in asked], model)
+    rows = probabilities(model, tokens, args.batch_size).tolist()
     for answer, row, too_long in zip(asked, rows, cut, strict=True):
         answer["label"] = model.label_names[row.index(max(row))]
         answer["probabilities"] = {name: round(p, 6) for name, p in zip(model.label_names, row, strict=True)}
-        answer |= {"cut": True} if too_long else {}
-        answer |= {"words": explain(model, answer["text"], args.batch_size)} if args.explain else {}
+        if too_long:
+            answer["cut"] = True
+        if args.explain:
+            answer["words"] = explain(model, answer["text"], args.batch_size)
     return answers
 
 
 def explain(model: Model, text: str, batch_size: int) -> list[tuple[str, float]]:
-    """Each word that the model reads, and how much of the label's probability is lost where it is masked out."""
-    words = list(itertools.islice(re.finditer(r"\S+", text), model.max_length))  # more do not fit, at a token a word
-    text, mask = text[: words[-1].end()], model.base.tokenizer.mask_token or model.base.tokenizer.unk_token or ""
-    input_ids, cut = read_tokens([text] + [text[: w.start()] + mask + text[w.end() :] for w in words], model)
-    while cut[0] and len(input_ids) > 1 and input_ids[-1] == input_ids[0]:  # unchanged: that word was cut off
-        input_ids.pop()
-    whole, *rows = logits(model, input_ids, batch_size).softmax(dim=1)
+    """Each word that the model reads, and how much of the label's probability is lost where it is masked."""
+    words = list(itertools.islice(re.finditer(r"\S+", text), model.max_length))  # a token a word at least
+    text = text[: words[-1].end()]
+    mask = model.base.tokenizer.mask_token or model.base.tokenizer.unk_token or ""
+    masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
+    tokens, _ = read_tokens([text, *masked], model)
+    read = len(masked)
+    while read and torch.equal(tokens[read], tokens[0]):  # unchanged: that word was cut off
+        read -= 1
+    whole, *rows = probabilities(model, tokens, batch_size)[: read + 1]
     effects = [(whole - row)[whole.argmax()].item() for row in rows]
-    return [(word.group(), round(effect, 6)) for word, effect in zip(words, effects, strict=False)]
+    return [(word.group(), round(effect, 6)) for word, effect in zip(words[:read], effects, strict=True)]
 
 
 def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespace, headed: bool) -> None:
@@ -160,7 +173,7 @@ def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespa
     for chunk in chunks(texts, progress=on_terminal() and not sys.stdout.isatty()):  # or the answers show it
         for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
             if args.json:
-                print(*map(json.dumps, answers), sep="\n")
+                print(*(json.dumps(answer, allow_nan=False) for answer in answers), sep="\n")
                 continue
             if headed:
                 print(visible(answers[0]["text"]))
@@ -170,12 +183,14 @@ def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespa
 
 
 def in_words(answer: dict, model: Model) -> str:
-    """Label and probability; below them each word's effect in percentage points, on a terminal in green or red."""
+    """Label and probability; below them each word's effect in percentage points, coloured on a terminal."""
     if answer["label"] is None:
         return "(blank)"
     label, width = visible(answer["label"]), max(map(len, model.label_names))
     note = f"  (cut to {model.max_length} tokens)" if "cut" in answer else ""
-    line = f"{label[:1].upper() + label[1:]:{width}}  {100 * max(answer['probabilities'].values()):.1f} %{note}"
+    line = (
+        f"{label[:1].upper() + label[1:]:{width}}  {100 * max(answer['probabilities'].values()):.1f} %{note}"
+    )
     words = []
     for word, effect in answer.get("words", []):
         words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
@@ -207,78 +222,74 @@ def prompt(models: list[Model], args: argparse.Namespace) -> None:
 def write_glue(model: Model, args: argparse.Namespace) -> None:
     """GLUE's submission file for SST-2, whose test split has no public labels."""
     if len(model.label_names) != 2:
-        raise InputError(f"--glue: SST-2 has 2 labels, but this model {len(model.label_names)}; choose another")
+        raise InputError(
+            f"--glue: SST-2 has 2 labels, but this model {len(model.label_names)}; choose another"
+        )
     if args.file:
-        index, texts = read_columns(args.file, ["index", args.text_column])
+        (texts,) = read_table(args.file, [args.text_column])
+        (index,) = read_columns(args.file, read_file(args.file), ["index"])
     else:
-        use_cache_if_offline()
-        try:
-            table = datasets.load_dataset(GLUE[0], GLUE[1], revision=GLUE[2], split="test")
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-            raise InputError(f"no Hub ({first_line(error)}): give index<TAB>sentence with --file") from error
-        index, texts = table["idx"], table["sentence"]
+        index, texts = read_glue_test()
     predictions = []
     for chunk in chunks(texts, progress=on_terminal()):
-        predictions += logits(model, read_tokens(chunk, model)[0], args.batch_size).argmax(dim=1).tolist()
+        tokens, _ = read_tokens(chunk, model)
+        predictions += probabilities(model, tokens, args.batch_size).argmax(dim=1).tolist()
     rows = "".join(f"{i}\t{prediction}\n" for i, prediction in zip(index, predictions, strict=True))
-    write_whole(args.glue, lambda temporary: temporary.write_text("index\tprediction\n" + rows, encoding="utf-8"))
+    text = f"index\tprediction\n{rows}"
+    write_file(args.glue, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote {len(predictions):,} predictions to {args.glue}")
 
 
+def read_glue_test() -> tuple[list[int], list[str]]:
+    """Numbers and sentences of SST-2's test split, from the Hub or its cache."""
+    use_cache_if_offline()
+    import datasets  # a second, here alone; after the Hub was asked, whose answer it copies
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(GLUE[0], GLUE[1], revision=GLUE[2], split="test")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        remedy = "give index<TAB>sentence with --file"
+        raise InputError(f"no Hub ({reason(error)}): {remedy}") from error
+    return table["idx"], table["sentence"]
+
+
 def export(path: Path, args: argparse.Namespace) -> None:
-    """Write the merged model as a plain Hugging Face folder, read back and compared before it gets its name."""
+    """Write the merged model as a plain Hugging Face folder, compared with the trained one beforehand."""
     unmerged, merged = (load("", path, args.base, merged) for merged in (False, True))
-    tokenizer, network, folder = merged.base.tokenizer, merged.base.model, args.export.resolve()
-    input_ids, _ = read_tokens(["A warm, funny film.", "It never ends.", "so long " * merged.max_length], merged)
-    tokenizer.model_max_length = merged.max_length
+    merged.base.tokenizer.model_max_length = merged.max_length
+    texts = ["A warm, funny film.", "It never ends.", "so long " * merged.max_length]
+    tokens, _ = read_tokens(texts, merged)
+    expected = probabilities(unmerged, tokens, 1)
     differences = []
 
     def write(temporary: Path) -> None:
-        network.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        written = AutoModelForSequenceClassification.from_pretrained(temporary, dtype=torch.float32)
-        written = merged._replace(base=merged.base._replace(model=written))
-        differences.append((logits(written, input_ids, 1) - logits(unmerged, input_ids, 1)).abs().max().item())
+        merged.base.model.save_pretrained(temporary)
+        merged.base.tokenizer.save_pretrained(temporary)
+        options = {"truncation": True, "top_k": None, "device": "cpu"}
+        answers = transformers.pipeline("text-classification", str(temporary), **options)(texts)
+        for answer, row in zip(answers, expected.tolist(), strict=True):
+            found = {pair["label"]: pair["score"] for pair in answer}
+            pairs = zip(merged.label_names, row, strict=True)
+            differences.append(max(abs(found[label] - p) for label, p in pairs))
+        differences[0] = max(differences)
         if not differences[0] <= 1e-4:  # NaN is no small difference either
-            raise InputError(f"--export: merged and unmerged logits differ by {differences[0]:.1e}; nothing is written")
+            what = f"the pipeline's and the trained model's probabilities differ by {differences[0]:.1e}"
+            raise InputError(f"--export: {what}; nothing is written")
 
-    write_folder(folder, write)
-    print(f"saved {folder}; merged and unmerged logits differ by at most {differences[0]:.1e}")
+    write_folder(args.export, write)
+    what = f"the pipeline's probabilities differ from the trained model's by at most {differences[0]:.1e}"
+    print(f"saved {args.export.resolve()}; {what}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="what to judge (default: standard input, or a prompt)")
-    add("--model", type=Path, action="append", metavar="PATH", help="may be repeated (default: what training wrote)")
-    add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
-    add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
-    add("--text-column", default="sentence", help="of a table (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), default=32, help="sentences at a time (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")
-    add("--explain", action="store_true", help="show what each word does to the probability (default: off)")
-    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission to it, then exit (default: off)")
-    add("--export", type=Path, metavar="FOLDER", help="write the merged model, then exit (default: off)")
-    args = parser.parse_args(argv)
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a parser's error is told once, as InputError
-    if sum(map(bool, (args.sentences, args.glue, args.export))) > 1 or (args.export and args.file):
-        raise InputError("--glue goes with --file alone, --export with neither; leave the rest out")
-    paths = args.model or [p for p in TRAINED if p.exists()] or [p for p in DEMOS if p.exists()]
-    if not paths:
-        raise InputError("no adapter in model/ yet: python lora_scratch.py makes one, with --demo in a minute")
-    if (args.glue or args.export) and len(paths) > 1:
-        raise InputError(f"--glue and --export take one model; choose with --model among {', '.join(map(str, paths))}")
-    if args.glue and args.file and args.glue.absolute() == args.file.absolute():
-        raise InputError(f"--glue {args.glue}: that is the file with the sentences; name another to write to")
-    if args.export and any(args.export.glob("*")):
-        raise InputError(f"--export {args.export}: that folder has files in it; name a new one")
+    args = make_parser().parse_args(argv)
+    paths = choose_models(args)
     if args.export:
         return export(paths[0], args)
-    ask = not (args.sentences or args.file or args.glue) and sys.stdin is not None and sys.stdin.isatty()
-    texts = [] if ask or args.glue else read_texts(args)
+    asked = args.sentences or args.file or args.glue
+    prompted = not asked and sys.stdin is not None and sys.stdin.isatty()
+    texts = [] if prompted or args.glue else read_texts(args)
     kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
     names = [kind if kinds.count(kind) == 1 else str(path) for kind, path in zip(kinds, paths, strict=True)]
     models = [load(name, path, args.base) for name, path in zip(names, paths, strict=True)]
@@ -286,17 +297,63 @@ def main(argv: list[str] | None = None) -> None:
         model.base.model.to(choose_device("auto"))
     if args.glue:
         write_glue(models[0], args)
-    elif ask:
+    elif prompted:
         prompt(models, args)
     else:
         answer_all(models, texts, args, headed=len(args.sentences) != 1 or args.file is not None)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help="to judge (default: standard input, or a prompt)")
+    help = "may be repeated (default: what training wrote)"
+    add("--model", type=Path, action="append", metavar="PATH", help=help)
+    add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
+    add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
+    add("--text-column", default="sentence", help="of a table (default: %(default)s)")
+    batch_size = between(int, 1, 10**6)
+    add("--batch-size", type=batch_size, default=32, help="sentences at a time (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")
+    add("--explain", action="store_true", help="show what each word does to the probability (default: off)")
+    help = "write GLUE's SST-2 submission to it, then exit (default: off)"
+    add("--glue", type=Path, metavar="FILE", help=help)
+    help = "write the merged model, then exit (default: off)"
+    add("--export", type=Path, metavar="FOLDER", help=help)
+    return parser
+
+
+def is_submission(path: Path) -> bool:
+    """Whether this file is an earlier --glue, which may be replaced."""
+    with open(path, "rb") as file:
+        return file.read(17) == b"index\tprediction\n"
+
+
+def choose_models(args: argparse.Namespace) -> list[Path]:
+    """The trained models to ask; raises InputError for flags that do not go together."""
+    exclusive = [flag for flag in (args.sentences, args.glue, args.export) if flag]
+    if len(exclusive) > 1 or (args.export and args.file):
+        raise InputError("--glue goes with --file alone, --export with neither; leave the rest out")
+    if args.glue and (args.glue.is_dir() or (args.glue.exists() and not is_submission(args.glue))):
+        raise InputError(f"--glue {args.glue}: something else stands there; name another file to write to")
+    if args.export and any(args.export.glob("*")):
+        raise InputError(f"--export {args.export}: that folder has files in it; name a new one")
+    paths = args.model or [path for path in TRAINED if path.exists()] or [p for p in DEMOS if p.exists()]
+    if not paths:
+        raise InputError(
+            "no adapter in model/ yet: python lora_scratch.py makes one, with --demo in a minute"
+        )
+    if (args.glue or args.export) and len(paths) > 1:
+        among = ", ".join(map(str, paths))
+        raise InputError(f"--glue and --export take one model; choose with --model among {among}")
+    return paths
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run(main)
-        sys.stdout.flush()
+        run(main, keep_going=False)
     except BrokenPipeError:  # a reader that has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
         sys.exit(141)
