@@ -122,7 +122,7 @@ def prepare(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     count = max(args.phrases, args.lines)
     if args.dataset:
         flags = ["--dataset", args.dataset, "--train-samples", str(count)]  # random ones
-        texts = lora_scratch.load_data(lora_scratch.make_parser("", "").parse_args(flags))[0].text
+        texts = lora_scratch.load_tables(lora_scratch.make_parser("", "").parse_args(flags))[0].text
     else:
         words = sorted(word for word in tokenizer.get_vocab() if word.isalnum() and word.isascii())
         shares = (torch.randperm(count).numpy() + 0.5) * 100 / count
@@ -133,7 +133,7 @@ def prepare(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     for name, size in (("train.tsv", args.phrases), ("dev.tsv", args.lines)):
         (args.folder / "data" / name).write_text("sentence\tlabel\n" + "".join(rows[:size]), encoding="utf-8")
 
-    lengths = [len(ids) for ids in lora_scratch.tokenize(load(args)[1], tokenizer, MAX_LENGTH).input_ids]
+    lengths = lora_scratch.tokenize(load(args)[1], tokenizer, MAX_LENGTH).lengths.tolist()
     facts = {"mean_tokens": mean(lengths), "longest": max(lengths), "threads": torch.get_num_threads()}
     auto = str(lora_scratch.choose_precision("auto", torch.device(args.device))).removeprefix("torch.")
     facts["auto"] = next(precision for precision, dtype in DTYPES.items() if dtype == auto)
@@ -152,12 +152,14 @@ def cpu_name() -> str:
     return f"{(names or [platform.processor() or platform.machine()])[0]} ({get_cpu_capability()})"
 
 
-def load(args: argparse.Namespace) -> tuple:
-    """What `prepare` made, as lora_scratch.py reads it: its Base, and Sentences to train on and to answer."""
+def load(args: argparse.Namespace, plain: bool = False) -> tuple:
+    """What `prepare` made, as lora_scratch.py reads it: its Base, and tables to train on and to answer."""
     import lora_scratch
 
+    if plain:  # as everybody else computes the last layer; this process is that recipe's own
+        lora_scratch.compute_cls_only = lambda model: None
     flags = ["--dataset", str(args.folder / "data"), "--label-names", "negative", "positive"]
-    train_set, lines, names = lora_scratch.load_data(lora_scratch.make_parser("", "").parse_args(flags))
+    train_set, lines, names = lora_scratch.load_tables(lora_scratch.make_parser("", "").parse_args(flags))
     return lora_scratch.load_base(str(args.folder), None, names, MAX_LENGTH), train_set, lines
 
 
@@ -171,11 +173,12 @@ def ours(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     script = importlib.import_module(f"lora_{row.kind}")
     real_train = script.train
 
-    def train(model, pad_id, train_set, eval_set, settings) -> None:
-        one = type(eval_set)(*(column[:1] for column in eval_set))
+    def train(model, train_set, eval_set, settings, state) -> None:
+        one = type(eval_set)(eval_set[0], eval_set.lengths[:1], eval_set.labels[:1])  # sentence to evaluate
         for _ in turns:
-            epochs, _ = real_train(model, pad_id, train_set, one, settings)
-            turns.done(seconds=epochs[-1]["seconds"])
+            state.done, state.epochs = 0, []  # begin anew
+            real_train(model, train_set, one, settings, state)
+            turns.done(seconds=state.epochs[0]["seconds"])
 
     script.train = train
     flags = ["--dataset", str(args.folder / "data"), "--precision", row.precision, "--epochs", "1"]
@@ -203,7 +206,7 @@ def trainer(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     choices |= {"use_cpu": args.device == "cpu", "output_dir": str(args.folder / row.name), "disable_tqdm": True}
     choices |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
     choices |= {"per_device_train_batch_size": BATCH, "learning_rate": 2e-4, "num_train_epochs": 1000}  # until the end
-    base, phrases, _ = load(args)
+    base, phrases, _ = load(args, plain=True)
     # PEFT 0.21 asks transformers 5 for an attribute under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_lin", "v_lin"]}
@@ -224,7 +227,7 @@ def published(row: Row, args: argparse.Namespace, turns: Turns) -> None:
 
     import lora_scratch
 
-    base, phrases, _ = load(args)
+    base, phrases, _ = load(args, plain=True)
     lora_scratch.inject_lora(base.model, base.head)
     model = base.model.to(args.device).train()
     padded = base.tokenizer(phrases.text, padding="max_length", max_length=MAX_LENGTH, truncation=True)
@@ -269,13 +272,11 @@ def playground(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     script = importlib.import_module("playground")
     base, _, lines = load(args)
     lora_scratch.inject_lora(base.model, base.head)
-    lora_scratch.last_layer_for_cls_only(base.model)
     lora_scratch.merge_lora(base.model)
-    model = script.Model("LoRA_scratch", base, list(base.model.config.id2label.values()), MAX_LENGTH)
+    names = list(base.model.config.id2label.values())
+    model = script.Model("LoRA_scratch", path=args.folder, base=base, label_names=names, max_length=MAX_LENGTH)
     if row.kind == "playground-cast":  # the playground itself answers in float32 only
-        dtype = lora_scratch.choose_precision(row.precision, torch.device(args.device))
-        lora_scratch.cast_base(base, dtype)
-        script.predict = lambda *rest: lora_scratch.predict(*rest[:-1], dtype)
+        lora_scratch.cast_base(base, lora_scratch.choose_precision(row.precision, torch.device(args.device)))
     base.model.to(args.device)
     settings = argparse.Namespace(batch_size=32, explain=False, json=False)  # its defaults
     for _ in turns:
@@ -311,7 +312,7 @@ def start(row: Row, args: argparse.Namespace, turns: Turns) -> None:
         seconds[name] = seconds.get(name, 0) + time.time() - begin
         return result
 
-    for name in ("load_data", "load_base", "tokenize"):
+    for name in ("load_tables", "load_base", "tokenize"):
         setattr(lora_scratch, name, functools.partial(timed, name, getattr(lora_scratch, name)))
     # The evaluation follows the first step, which is the last.
     lora_scratch.evaluate = lambda *_: (turns.done(**seconds, total=time.time() - args.began), sys.exit())

@@ -7,21 +7,33 @@
 LORA_TEST_SST2 is a folder with GLUE's train.tsv and dev.tsv, LORA_TEST_BASE one that tests/make_standin.py made.
 """
 
+import contextlib
+import io
+import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the Hub's libraries: no test asks it
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+import lora_scratch
+from lora_scratch import Tokens, load_checkpoint, predict
 
 GOOD = "a warm and funny film|one of the best of the year|it never bores|great acting and a clever script|I loved it"
 BAD = "a cold and dull film|one of the worst of the year|it never ends|poor acting and a lazy script|I hated it"
 WORDS = sorted({word for text in (GOOD, BAD) for word in text.lower().replace("|", " ").split()})
+SENTENCES = Tokens.from_lists([[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3], [2, 3], [2, *range(5, 30), 3]])
+TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +42,46 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.option.markexpr:
         config.option.markexpr = "not slow and not gpu"
     torch.set_num_threads(1)  # tiny models: threads would only wait for one another
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test asks the Hub, and none leaves tables in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_scratch, "use_cache_if_offline", lambda: None)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def flags(base: Path, data: Path, *more: object) -> list[str]:
+    """The flags of a run in float32, which is quick on every machine, and any others."""
+    return [str(flag) for flag in ("--model", base, "--dataset", data, "--precision", "fp32", *more)]
+
+
+def with_tokenizer(folder: Path, tiny_base: Path, model: nn.Module) -> Path:
+    """Save a tiny model of another architecture with the tiny tokenizer beside it."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, folder)
+    return folder
+
+
+class Run:
+    """A call of lora_scratch.main in this process, and what it left behind."""
+
+    def __init__(self, base: Path, data: Path, output: Path, *more: object):
+        self.path, self.flags, said = output, flags(base, data, "--output", output, *more), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert lora_scratch.main(self.flags) is None
+        self.said = said.getvalue()
+        self.checkpoint = torch.load(output, weights_only=True)
+        self.state = self.checkpoint["state_dict"]
+        self.record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def logits(path: Path) -> Tensor:
+    """What a checkpoint answers to SENTENCES."""
+    return predict(load_checkpoint(path)[0].model, SENTENCES, 2)
 
 
 @pytest.fixture(scope="session")

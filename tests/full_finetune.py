@@ -5,8 +5,6 @@
 The flags are those of lora_scratch.py; those about LoRA do nothing. The result is a plain Hugging Face folder.
 """
 
-import contextlib
-import io
 import sys
 from pathlib import Path
 
@@ -16,47 +14,59 @@ from transformers import AutoModelForSequenceClassification
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora_scratch import (
     InputError,
-    describe,
+    TrainingState,
+    compute_cls_only,
+    count_parameters,
+    data_facts,
     evaluate,
-    finish,
-    last_layer_for_cls_only,
+    is_first_process,
+    leave,
     load_base,
-    load_data,
+    load_tables,
     make_parser,
+    make_record,
     parse_flags,
+    prepare_machine,
+    print_machine,
     run,
-    start,
     tokenize,
     train,
     write_folder,
+    write_record,
 )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(make_parser(__doc__, "model/full_finetune"), argv)
     if args.output.is_file():
         raise InputError(f"--output {args.output}: a file stands there; name a folder")
-    start(args)
-    train_set, eval_set, label_names = load_data(args)
+    device, _ = prepare_machine(args)
+    dtype = torch.float32  # whatever --precision says: what is trained is not held in 16 bits
+
+    train_table, eval_table, label_names = load_tables(args)
     base = load_base(args.model, args.revision, label_names, args.max_length)
-    model, pad_id = base.model, base.tokenizer.pad_token_id
-    train_set, eval_set = (tokenize(s, base.tokenizer, args.max_length) for s in (train_set, eval_set))
+    train_set = tokenize(train_table, base.tokenizer, args.max_length)
+    eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
 
-    args.fingerprint = base.fingerprint  # a resumed run has to have the same base
-    last_layer_for_cls_only(model)
-    model.requires_grad_(True).to(args.device)  # all in float32: what is trained is not held in 16 bits
-    with contextlib.redirect_stdout(io.StringIO()) as table:  # it would call the base frozen
-        record = describe(args, dict(model.named_parameters()), base.head, [])
-    print(f"full fine-tuning, all {record['parameters']['trained']:,} parameters", table.getvalue().splitlines()[-1])
+    model = base.model.requires_grad_(True).to(device)
+    counts = count_parameters(dict(model.named_parameters()), base.head)
+    print(f"full fine-tuning of {args.model}, all {counts['trained']:,} parameters")
+    print_machine(args, dtype)
 
-    record["epochs"], losses = train(model, pad_id, train_set, eval_set, args)
+    facts = {"label_names": label_names, "max_length": args.max_length, **base.identity}
+    facts |= data_facts(train_set, eval_set)
+    state = TrainingState(args, model, facts, dtype)
+    train(model, train_set, eval_set, args, state)
+    if state.stopped or not is_first_process():
+        return leave(state)
 
+    record = make_record(args, counts, dtype, state)
     write_folder(args.output, model.save_pretrained)
     reloaded = AutoModelForSequenceClassification.from_pretrained(args.output, dtype=torch.float32)
-    last_layer_for_cls_only(reloaded)
-    _, confusion = evaluate(reloaded.to(args.device), pad_id, eval_set, args)
+    compute_cls_only(reloaded)
+    _, confusion = evaluate(reloaded.to(device), eval_set, args.eval_batch_size)
     size = (args.output / "model.safetensors").stat().st_size
-    finish(args, record, losses, confusion, label_names, size)
+    write_record(args, record, confusion, label_names, size)
 
 
 if __name__ == "__main__":

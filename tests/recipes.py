@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("model/recipes"), help="for all runs (default: %(default)s)")
     args = parser.parse_args()
-    split_training_data(args.dataset, args.work / "sst2_tuning")
+    split_training_data(args.dataset, args.work / "tuning")
     common = {"model": args.model, "precision": "fp32", "save_every": 2000}
-    tune = common | {"dataset": str(args.work / "sst2_tuning"), "train_samples": 10000, "epochs": 1}
+    tune = common | {"dataset": str(args.work / "tuning"), "train_samples": 10000, "epochs": 1}
     final = common | {"dataset": str(args.dataset), "epochs": args.epochs}
     final |= {"train_samples": args.train_samples} if args.train_samples else {}
     pool = ThreadPoolExecutor(args.jobs)

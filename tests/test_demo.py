@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_peft
 import lora_scratch
 import playground
-from lora_scratch import DEMO, InputError, label_report, make_parser, on_terminal, parse_flags
+from lora_scratch import DEMO, DISTILBERT, InputError, label_report, make_parser, on_terminal, parse_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +77,7 @@ def test_demo_changes_defaults_that_can_still_be_given(tmp_path: Path, monkeypat
         args = parse_flags(make_parser("", output), ["--lr", "0.5", "--output", "a.pt", "--demo"])
         assert args.lr == 0.5 and args.output == Path("a.pt") and args.dataset == DEMO["dataset"]
         args = parse_flags(make_parser("", output), [])
-        assert args.output == Path(output) and args.lr == 2e-4 and args.model is None
+        assert args.output == Path(output) and args.lr == 2e-4 and args.model == DISTILBERT[0]
 
 
 @pytest.mark.parametrize("script", [lora_scratch, lora_peft])
@@ -138,15 +139,9 @@ def test_the_report_counts_as_one_counts_by_hand(pairs: list[tuple[int, int]]) -
         assert line.split()[1:5] == [*shown, str(real)]
 
 
-def test_a_report_comes_by_itself_but_for_sst2(tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
-    sst2 = tmp_path / "sst2"
-    sst2.symlink_to(tiny_data)
-    other = tmp_path / "other"
-    other.symlink_to(tiny_data)
-    flags = ["--model", str(tiny_base), "--max-steps", "1", "--output", str(tmp_path / "a.pt")]
-    for more, expected in (([str(sst2)], False), ([str(sst2), "--report"], True), ([str(other)], True)):
-        lora_scratch.main([*flags, "--dataset", *more])
-        assert ("precision" in capsys.readouterr().out) is expected, more
+def test_every_run_ends_with_the_report(tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
+    lora_scratch.main(flags(tiny_base, tiny_data, "--max-steps", 1, "--output", tmp_path / "a.pt"))
+    assert "label precision recall F1 sentences answered as: 0 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_notebook_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,5 +160,7 @@ def test_a_notebook_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_label_that_the_output_cannot_encode_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "cp1252"))
-    lora_scratch.run(lambda: print(label_report(torch.eye(2, dtype=torch.long), ["хорошо", "плохо"]), flush=True))
+    with pytest.raises(SystemExit) as stop:
+        lora_scratch.run(lambda: print(label_report(torch.eye(2, dtype=torch.long), ["хорошо", "плохо"])))
+    assert not stop.value.code
     assert b"100.0" in output.getvalue()

@@ -1,12 +1,14 @@
 """Two processes train as one: the same loss at every step, a short last batch included."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import flags
 
 import lora_scratch
 
@@ -18,21 +20,18 @@ NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0
 def test_two_processes_follow_the_loss_path_of_one(
     script: str, tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in tiny_base.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    base = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps(config | NO_DROPOUT), encoding="utf-8")
     path = str(Path(lora_scratch.__file__).with_name(script))
     # 40 sentences in batches of 13: the last has one, of which the second process gets nothing.
-    flags = ["--model", base, "--dataset", tiny_data, "--batch-size", "13", "--dropout", "0", "--epochs", "3"]
-    flags = [str(flag) for flag in [*flags, "--lr", "0.01", "--log-every", "1", "--threads", "1"]]
+    more = ["--batch-size", "13", "--dropout", "0", "--epochs", "3", "--lr", "0.01", "--log-every", "1"]
+    arguments = flags(base, tiny_data, *more, "--threads", "1")
     records, states = [], []
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
         output = tmp_path / name / ("a.pt" if script == "lora_scratch.py" else "a")
         done = subprocess.run(
-            [sys.executable, *launcher, path, *flags, "--output", str(output)],
+            [sys.executable, *launcher, path, *arguments, "--output", str(output)],
             capture_output=True,
             text=True,
             check=False,

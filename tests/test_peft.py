@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SENTENCES, TINY, flags, with_tokenizer
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file, save_file
 from side_by_side import run_both
@@ -15,19 +16,16 @@ import lora_peft
 import lora_scratch
 from lora_scratch import InputError, load_checkpoint, predict
 
-SENTENCES = [[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3]]
-
 
 def answers(base: lora_scratch.Base) -> torch.Tensor:
-    return predict(base.model, base.tokenizer.pad_token_id, SENTENCES, 2, torch.float32)
+    return predict(base.model, SENTENCES, 2)
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained adapter folder; a high rate moves lora_B far from zero."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    flags = ["--model", tiny_base, "--dataset", tiny_data, "--lr", "0.05", "--epochs", "4", "--output", folder]
-    lora_peft.main([str(flag) for flag in flags])
+    lora_peft.main(flags(tiny_base, tiny_data, "--lr", 0.05, "--epochs", 4, "--output", folder))
     return folder
 
 
@@ -39,8 +37,7 @@ def copied(adapter: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("extra", [[], ["--freeze-head"], ["--targets", "all-linear", "--use-rslora"]])
 def test_both_scripts_are_one_experiment(tiny_base: Path, tiny_data: Path, tmp_path: Path, extra: list[str]) -> None:
-    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--lr", "0.001", "--max-steps", "50", *extra]
-    outcome = run_both([*flags, "--precision", "fp32"], tmp_path)
+    outcome = run_both(flags(tiny_base, tiny_data, "--lr", 0.001, "--max-steps", 50, *extra), tmp_path)
     peft, scratch = outcome["lora_peft"], outcome["lora_scratch"]
     assert len(peft["losses"]) == 50 and len(set(peft["losses"])) == 50
     assert torch.allclose(torch.tensor(peft["losses"]), torch.tensor(scratch["losses"]), rtol=0, atol=1e-6)
@@ -50,8 +47,7 @@ def test_both_scripts_are_one_experiment(tiny_base: Path, tiny_data: Path, tmp_p
 
 @pytest.mark.slow
 def test_both_scripts_are_one_experiment_on_real_sentences(real_base: Path, sst2: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(real_base), "--dataset", str(sst2), "--max-steps", "50", "--precision", "fp32"]
-    outcome = run_both(flags, tmp_path)
+    outcome = run_both(flags(real_base, sst2, "--max-steps", 50), tmp_path)
     losses = [torch.tensor(outcome[script]["losses"]) for script in ("lora_peft", "lora_scratch")]
     assert torch.allclose(*losses, rtol=0, atol=1e-6)
     assert len({outcome[script]["record"]["result"]["correct"] for script in outcome}) == 1
@@ -62,14 +58,14 @@ def test_peft_alone_loads_the_folder_with_its_head(adapter: Path, tiny_base: Pat
     auto = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
     for model in (auto, PeftModel.from_pretrained(plain, str(adapter))):
-        assert torch.allclose(predict(model, 0, SENTENCES, 2, torch.float32), ours, rtol=0, atol=1e-6)
+        assert torch.allclose(predict(model, SENTENCES, 2), ours, rtol=0, atol=1e-6)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
-    assert not torch.allclose(predict(base, 0, SENTENCES, 2, torch.float32), ours, atol=1e-2)
+    assert not torch.allclose(predict(base, SENTENCES, 2), ours, atol=1e-2)
 
 
-def test_what_peft_has_no_place_for_stands_in_a_file_of_its_own(adapter: Path) -> None:
+def test_facts_without_a_place_in_peft_are_saved_in_lora_peft_json(adapter: Path) -> None:
     facts = json.loads((adapter / "lora_peft.json").read_text(encoding="utf-8"))
-    assert facts["label_names"] == ["negative", "positive"] and len(facts["fingerprint"]) == 64
+    assert facts["label_names"] == ["0", "1"] and len(facts["fingerprint"]) == 64
     assert facts["targets"] == ["q_lin", "v_lin"] and facts["max_length"] == 128
     assert not (adapter / "config.json").exists()
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -77,7 +73,7 @@ def test_what_peft_has_no_place_for_stands_in_a_file_of_its_own(adapter: Path) -
     assert adapter.with_suffix(".json").is_file()
 
 
-def test_merged_adapter_answers_alike_and_has_no_peft_in_it(adapter: Path) -> None:
+def test_a_merged_adapter_answers_alike_and_is_a_plain_model(adapter: Path) -> None:
     merged = lora_peft.load_adapter(adapter, merge=True)[0]
     assert not isinstance(merged.model, PeftModel)
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
@@ -85,30 +81,27 @@ def test_merged_adapter_answers_alike_and_has_no_peft_in_it(adapter: Path) -> No
 
 
 def test_a_frozen_head_is_saved_as_it_started(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--freeze-head", "--lr", "0.05"]
-    lora_peft.main([*flags, "--max-steps", "5", "--output", str(tmp_path / "a")])
+    more = ["--freeze-head", "--lr", 0.05, "--max-steps", 5, "--output", tmp_path / "a"]
+    lora_peft.main(flags(tiny_base, tiny_data, *more))
     saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
     torch.manual_seed(42)
-    start = lora_scratch.load_base(str(tiny_base), None, ["negative", "positive"], 128).model
+    start = lora_scratch.load_base(str(tiny_base), None, ["0", "1"], 128).model
     for name in ("pre_classifier.weight", "classifier.weight", "classifier.bias"):
         assert torch.equal(saved[f"base_model.model.{name}"], start.state_dict()[name])
     assert any(saved[name].any() for name in saved if "lora_B" in name)
 
 
 def test_bert_keeps_its_pooler_in_the_head(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_base / name, tmp_path / "bert")
-    flags = ["--model", str(tmp_path / "bert"), "--dataset", str(tiny_data), "--max-steps", "3", "--lr", "0.05"]
-    lora_peft.main([*flags, "--targets", "dense", "query", "--output", str(tmp_path / "a")])
+    bert = with_tokenizer(tmp_path / "bert", tiny_base, BertModel(BertConfig(**TINY)))
+    more = ["--max-steps", 3, "--lr", 0.05, "--targets", "dense", "query", "--output", tmp_path / "a"]
+    lora_peft.main(flags(bert, tiny_data, *more))
     saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {"base_model.model.bert.pooler.dense.weight", "base_model.model.classifier.weight"} <= saved.keys()
     assert not any("pooler" in name and "lora" in name for name in saved)
     assert sum(name.endswith("lora_A.weight") for name in saved) == 2 * 4  # query and the three dense of each layer
-    lora_peft.main(["--export-scratch", str(tmp_path / "a"), "--output", str(tmp_path / "a.pt")])
+    lora_peft.main(["--export-scratch", str(tmp_path / "a"), "--output", str(tmp_path / "b.pt")])
     assert torch.allclose(
-        answers(load_checkpoint(tmp_path / "a.pt")[0]), answers(lora_peft.load_adapter(tmp_path / "a")[0]), atol=1e-6
+        answers(load_checkpoint(tmp_path / "b.pt")[0]), answers(lora_peft.load_adapter(tmp_path / "a")[0]), atol=1e-6
     )
 
 
@@ -128,8 +121,8 @@ def test_conversion_there_and_back_keeps_every_bit(adapter: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_the_other_script_converts(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--lr", "0.05", "--epochs", "2", "--use-rslora"]
-    lora_scratch.main([*flags, "--r", "3", "--label-names", "bad", "good", "--output", str(tmp_path / "s.pt")])
+    more = ["--lr", 0.05, "--epochs", 2, "--use-rslora", "--r", 3, "--label-names", "bad", "good"]
+    lora_scratch.main(flags(tiny_base, tiny_data, *more, "--output", tmp_path / "s.pt"))
     lora_peft.main(["--import-scratch", str(tmp_path / "s.pt"), "--output", str(tmp_path / "p")])
     scratch, checkpoint = load_checkpoint(tmp_path / "s.pt")
     peft, facts = lora_peft.load_adapter(tmp_path / "p")
@@ -142,8 +135,7 @@ def test_a_checkpoint_of_the_other_script_converts(tiny_base: Path, tiny_data: P
 
 
 def test_dora_trains_and_cannot_become_a_handwritten_file(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(tiny_base), "--dataset", str(tiny_data), "--max-steps", "3", "--use-dora"]
-    lora_peft.main([*flags, "--output", str(tmp_path / "dora")])
+    lora_peft.main(flags(tiny_base, tiny_data, "--max-steps", 3, "--use-dora", "--output", tmp_path / "dora"))
     assert any("magnitude" in name for name in load_file(tmp_path / "dora" / "adapter_model.safetensors"))
     with pytest.raises(InputError, match="use_dora=True"):
         lora_peft.main(["--export-scratch", str(tmp_path / "dora"), "--output", str(tmp_path / "d.pt")])
@@ -155,7 +147,7 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
-def test_what_the_file_cannot_hold_is_refused_by_name(copied: Path, tmp_path: Path) -> None:
+def test_export_refuses_by_name_what_a_pt_file_cannot_hold(copied: Path, tmp_path: Path) -> None:
     export = ["--export-scratch", str(copied), "--output", str(tmp_path / "x.pt")]
     shutil.copytree(copied, copied / "second")
     with pytest.raises(InputError, match=r"several adapters .second"):
@@ -182,7 +174,7 @@ def test_settings_that_were_not_written_here_are_refused_by_name(copied: Path) -
         lora_peft.load_adapter(copied)
 
 
-def test_importing_replaces_nothing(adapter: Path, tmp_path: Path) -> None:
+def test_import_overwrites_nothing(adapter: Path, tmp_path: Path) -> None:
     lora_peft.main(["--export-scratch", str(adapter), "--output", str(tmp_path / "a.pt")])
     with pytest.raises(InputError, match="there is something already"):
         lora_peft.main(["--import-scratch", str(tmp_path / "a.pt"), "--output", str(adapter)])
@@ -190,14 +182,18 @@ def test_importing_replaces_nothing(adapter: Path, tmp_path: Path) -> None:
 
 def test_an_output_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(InputError, match="a file stands there"):
+    with pytest.raises(InputError, match="a file stands at"):
         lora_peft.main(["--output", str(tmp_path / "a")])
 
 
 def rewrite(folder: Path, change) -> None:
+    """Change the tensors, and their checksum with them."""
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path, digest = folder / "lora_peft.json", lora_peft.sha256_of(folder / "adapter_model.safetensors")
+    facts = json.loads(path.read_text(encoding="utf-8")) | {"tensors": digest}
+    path.write_text(json.dumps(facts), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +208,15 @@ def rewrite(folder: Path, change) -> None:
 def test_a_folder_with_wrong_tensors_is_refused(copied: Path, change, message: str) -> None:
     rewrite(copied, change)
     with pytest.raises(InputError, match=message):
+        lora_peft.load_adapter(copied)
+
+
+def test_tensors_of_another_run_are_refused(copied: Path) -> None:
+    facts = (copied / "lora_peft.json").read_bytes()
+    rewrite(copied, lambda tensors: tensors["base_model.model.classifier.bias"].add_(1))
+    lora_peft.load_adapter(copied)
+    (copied / "lora_peft.json").write_bytes(facts)
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is not the one"):
         lora_peft.load_adapter(copied)
 
 
@@ -236,9 +241,8 @@ def test_another_base_is_refused_naming_both(adapter: Path, tiny_base: Path, tmp
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = ["--export-scratch", str(tmp_path / "none"), "--output", "x.pt"]
     with pytest.raises(SystemExit) as stop:
-        lora_scratch.run(lambda: lora_peft.main(flags))
+        lora_scratch.run(lambda: lora_peft.main(["--export-scratch", str(tmp_path / "none"), "--output", "x.pt"]))
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ""
     assert said.err.startswith("error:") and said.err.count("\n") == 1

@@ -1,6 +1,7 @@
-"""What the README claims is what the code has and what the records hold."""
+"""What the READMEs claim is what the code has and what the records hold."""
 
 import argparse
+import csv
 import json
 import re
 import runpy
@@ -13,18 +14,48 @@ import plot_results
 import pytest
 import recipes
 import torch
+from benchmark import SST2_PHRASES
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import lora_scratch
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = Path(__file__).parent / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = (RESULTS / "README.md").read_text(encoding="utf-8")
+BOTH = f"{README}\n{TABLES}"
+SCRIPT = (ROOT / "lora_scratch.py").read_text(encoding="utf-8")
+
+
+def record(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+DEFAULT_RUNS = [record(f"default_seed{seed}") for seed in (42, 43, 44)]
+
+
+def flat(text: str) -> str:
+    """On one line: a sentence may be wrapped anywhere."""
+    return " ".join(text.split())
+
+
+# --- Text, code and commands
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(README.splitlines()) <= 220
 
 
 def test_the_code_it_shows_is_the_code_that_runs() -> None:
     shown = README.partition("```python\n")[2].partition("```")[0]
-    assert len(shown.splitlines()) > 10
-    assert shown in (ROOT / "lora_scratch.py").read_text(encoding="utf-8")
+    assert shown.startswith("class LoRALinear") and "def merge" in shown
+    assert shown in SCRIPT
+
+
+def test_the_idea_is_as_long_as_it_says() -> None:
+    promised = int(re.search(r"The first (\d+) lines", README)[1])
+    (fence,) = [i for i, line in enumerate(SCRIPT.splitlines(), start=1) if line.startswith("# === PLUMBING")]
+    assert promised - 10 < fence <= promised + 1
 
 
 class Parsed(BaseException):
@@ -32,9 +63,9 @@ class Parsed(BaseException):
 
 
 def commands() -> list[tuple[str, str]]:
-    """Each call of a script that the README shows, in a block or in a line of text: its file and its arguments."""
-    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    lines = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    """Each call of a script that is shown, in a block or in a line of text: its file and its arguments."""
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", BOTH, re.DOTALL)).replace("\\\n", " ")
+    lines = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", BOTH, flags=re.DOTALL))
     text = "\n".join([blocks, *(line.replace("\n", " ") for line in lines)])
     return sorted(set(re.findall(r"(?:python|torchrun --nproc-per-node 2) (\S+\.py)([^\n#→|>…]*)", text)))
 
@@ -54,7 +85,7 @@ def test_each_command_parses(script: str, arguments: str, monkeypatch: pytest.Mo
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments.removesuffix(' "'))])
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -63,90 +94,166 @@ def test_each_command_parses(script: str, arguments: str, monkeypatch: pytest.Mo
 def test_each_flag_exists() -> None:
     files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    known = {*re.findall(r'add(?:_argument)?\(\s*"(--[a-z0-9-]+)"', text), "--nproc-per-node"}
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
+    known = {*re.findall(r'add(?:_argument)?\(\s*"(--[a-z0-9-]+)"', text), "--nproc-per-node", "--help"}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", BOTH))
     assert len(shown) > 20 and shown <= known, shown - known
     assert "./setup.sh --demo" in README and "--demo)" in (ROOT / "setup.sh").read_text(encoding="utf-8")
 
 
-def test_every_file_of_the_tree_exists() -> None:
+def test_every_file_it_names_exists() -> None:
     tree = README.partition("## Files\n\n```\n")[2].partition("```")[0]
-    for line in tree.splitlines():
-        name = line.split()[0]
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    names = [line.split()[0] for line in tree.splitlines()]
+    assert len(names) > 5
+    names += re.findall(r"\]\((?!http)([^)#]+)", README)
+    for name in names:
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)#]+)", TABLES):
+        assert (RESULTS / name).exists(), name
+
+
+def test_the_heading_that_an_error_message_names_is_there() -> None:
+    assert "README, Set-up" in SCRIPT and "\n## Set-up" in README
+
+
+def test_the_parameters_of_distilbert_are_counted() -> None:
+    with torch.device("meta"):
+        model = DistilBertForSequenceClassification(DistilBertConfig())
+        head = [name for name, _ in model.named_parameters() if "classifier" in name]
+        lora_scratch.inject_lora(model, head)
+    counts = lora_scratch.count_parameters(dict(model.named_parameters()), head)
+    total = counts["lora"] + counts["head"] + counts["frozen base"]
+    for part in ("lora", "head", "frozen base"):
+        assert f" | {counts[part]:,} | {100 * counts[part] / total:.2f} % | " in README
+    saved, whole = (4 * count / 1e6 for count in (counts["trained"], total - counts["lora"]))
+    assert f"{saved:.0f} MB instead of {whole:.0f}" in README
+
+
+# --- Records
+
+
+def row(name: str, phrases: str, run: dict, scores: list[float]) -> str:
+    """A line of the README's one table."""
+    cells = [name, phrases, f"{run['trained']:,}", f"{run['bytes'] / 1e6:.1f}"]
+    return f"| {' | '.join([*cells, f'{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}'])} |"
+
+
+def test_the_table_of_results_is_of_the_records() -> None:
+    found = record("recipes")
+    assert (found["phrases"], found["epochs"], found["total"]) == (30000, 1, 872)
+    names = {
+        "published, head frozen": ("published recipe: `--freeze-head`", 2e-4),
+        "default": ("default", 2e-4),
+        "all linear layers, rate tuned": ("`--targets all-linear --lr 1e-3`", 1e-3),
+        "full fine-tuning, rate tuned": ("full fine-tuning, `--lr 2e-4`", 2e-4),
+    }
+    for recipe, (name, rate) in names.items():
+        run = found["rows"][recipe]
+        assert run["lr"] == rate and run["seeds"] == [42, 43, 44]
+        assert row(name, "30,000 phrases, once", run, [100 * right / 872 for right in run["correct"]]) in README
+    scores = [run["result"]["accuracy"] for run in DEFAULT_RUNS]
+    last = {"trained": DEFAULT_RUNS[0]["parameters"]["trained"], "bytes": DEFAULT_RUNS[0]["result"]["bytes"]}
+    assert row("default", f"all {SST2_PHRASES:,} phrases, 3 times", last, scores) in README
+    tuned = found["rows"]["default, rate tuned"]
+    assert f"the default reaches {tuned['mean']:.2f} ± {tuned['deviation']:.2f}." in README
 
 
 def test_the_default_runs_are_those_on_record() -> None:
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("default_seed*.json"))]
-    assert len(records) == 3
-    for record in records:
-        last, result = record["epochs"][-1], record["result"]
+    for run in DEFAULT_RUNS:
+        last, result, seed = run["epochs"][-1], run["result"], run["settings"]["seed"]
         assert last["epoch"] == 3 and result["correct"] == last["correct"] and result["total"] == 872
-        assert f"{result['accuracy']:.2f} ({result['correct']})" in README
-    scores = [record["result"]["accuracy"] for record in records]
-    assert f"**{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %**" in README
+        minutes = sum(epoch["seconds"] for epoch in run["epochs"]) / 60
+        assert f"| {seed} | {result['accuracy']:.2f} ({result['correct']}) | {minutes:.0f} |" in TABLES
+    scores = [run["result"]["accuracy"] for run in DEFAULT_RUNS]
+    assert f"**{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %**" in TABLES
 
 
 def test_the_side_by_side_table_is_the_one_on_record() -> None:
-    record = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
+    found = record("side_by_side")
     for script in ("lora_scratch", "lora_peft"):
-        run = record[script]
+        run = found[script]
         result, seconds = run["result"], sum(epoch["seconds"] for epoch in run["epochs"])
         cells = [f"`{script}.py`", f"{result['accuracy']:.2f} % ({result['correct']}/872)"]
         cells += [f"{run['parameters']['trained']:,}", f"{result['bytes'] / 1e6:.2f} MB", f"{seconds:.0f}"]
-        assert f"| {' | '.join(cells)} |" in README
-    assert abs(record["lora_scratch"]["result"]["correct"] - record["lora_peft"]["result"]["correct"]) <= 1
-    assert f"10,000 phrases, {len(record['lora_peft']['epochs'])} epochs" in README
-    steps = sum(epoch["steps"] for epoch in record["lora_peft"]["epochs"])
-    assert f"The losses of the {steps:,} steps differ by at most {record['largest_loss_difference']:.1e}" in README
+        assert f"| {' | '.join(cells)} |" in TABLES
+        assert f"both scripts end at {result['correct']} of 872 right" in flat(README)
+        settings = run["settings"]
+        assert (settings["train_samples"], settings["epochs"], settings["precision"]) == (10000, 3, "fp32")
+    steps, most = sum(epoch["steps"] for epoch in run["epochs"]), f"{found['largest_loss_difference']:.1e}"
+    assert f"The losses of the {steps:,} steps differ by at most {most}" in flat(TABLES)
+    assert f"Over {steps:,} steps their losses differ by at most {most}" in flat(README)
+
+
+def test_the_textbooks_table_is_the_one_on_record() -> None:
+    found = record("textbook")
+    for key, name in (("as_it_is", "`lora_scratch.py`"), ("textbook", "textbook")):
+        runs = found[key]
+        right = ", ".join(map(str, runs["correct"]))
+        cells = [name, f"{runs['mean']:.2f} ± {runs['deviation']:.2f} ({right})"]
+        cells.append(f"{statistics.median(runs['seconds']):.0f}")
+        assert f"| {' | '.join(cells)} |" in TABLES
+    difference, error = found["difference"], found["standard_error"]
+    assert f"The means differ by {difference:.2f} points at a standard error of {error:.2f}." in flat(TABLES)
 
 
 def test_the_table_of_recipes_is_the_one_on_record() -> None:
-    record = json.loads((RESULTS / "recipes.json").read_text(encoding="utf-8"))
-    shown = README.split("<!-- recipes -->")[1].split("<!-- /recipes -->")[0]
-    assert shown.strip() == recipes.table(record)
-    assert record["rows"].keys() == recipes.RECIPES.keys()
-    for name, row in record["rows"].items():
-        assert len(row["seeds"]) == len(row["correct"]) == 3
-        scores = [100 * right / record["total"] for right in row["correct"]]
-        assert (row["mean"], row["deviation"]) == pytest.approx((statistics.mean(scores), statistics.stdev(scores)))
+    found = record("recipes")
+    shown = TABLES.split("<!-- recipes -->")[1].split("<!-- /recipes -->")[0]
+    assert shown.strip() == recipes.table(found)
+    assert found["rows"].keys() == recipes.RECIPES.keys()
+    for name, run in found["rows"].items():
+        assert len(run["seeds"]) == len(run["correct"]) == 3
+        scores = [100 * right / found["total"] for right in run["correct"]]
+        assert (run["mean"], run["deviation"]) == pytest.approx((statistics.mean(scores), statistics.stdev(scores)))
         rates = recipes.RECIPES[name][2]
         if len(rates) > 1:  # the best of those tried, and not the last at either end
-            assert row["tuning"].keys() == {f"{rate:g}" for rate in rates}
-            assert row["lr"] == float(max(row["tuning"], key=row["tuning"].get))
-            assert min(rates) < row["lr"] < max(rates)
+            assert run["tuning"].keys() == {f"{rate:g}" for rate in rates}
+            assert run["lr"] == float(max(run["tuning"], key=run["tuning"].get))
+            assert min(rates) < run["lr"] < max(rates)
         else:
-            assert row["lr"] == rates[0] and not row["tuning"]
+            assert run["lr"] == rates[0] and not run["tuning"]
+
+
+def test_the_speed_is_the_one_on_record() -> None:
+    rows = record("benchmark")["rows"]
+    rates = {row["kind"]: row["rate"] for row in rows}
+    times = {row["kind"]: row["ratio"][0] for row in rows}
+    pipeline = min(row["ratio"][0] for row in rows if row["kind"] == "pipeline")
+    text = flat(README)
+    assert f"on {rates['scratch']:.1f} phrases a second: {times['trainer']:.2f} times as fast as PEFT" in text
+    assert f"and {times['trainer-grouped']:.2f} times as fast as these with batches grouped by length" in text
+    assert f"answers {rates['playground']:.0f} lines a second, {pipeline:.2f} times as many" in text
+    hours = 3 * SST2_PHRASES / rates["scratch"] / 3600
+    assert f"about {hours:.1f} hours on two CPU cores" in README and record("benchmark")["machine"]["threads"] == 2
 
 
 def test_the_figure_is_of_the_records() -> None:
     assert f"records {plot_results.digest(*plot_results.committed())}" in (RESULTS / "results.svg").read_text("utf-8")
-
-
-def test_the_figure_reads_well_on_a_light_and_a_dark_page() -> None:
-    def luminance(color: str) -> float:  # of sRGB, as WCAG 2 defines it
-        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    def contrast(one: str, other: str) -> float:
-        dark, light = sorted((luminance(one), luminance(other)))
-        return (light + 0.05) / (dark + 0.05)
-
-    for page in ("#ffffff", "#0d1117"):
-        assert contrast(plot_results.INK, page) > 4.2
-        assert all(contrast(color, page) > 3 for color in plot_results.COLORS)
-    text = [key for key in plot_results.STYLE if "color" in key and key.partition(".")[0] in ("text", "xtick", "ytick")]
-    assert len(text) == 3 and all(plot_results.STYLE[key] == plot_results.INK for key in [*text, "axes.labelcolor"])
-    used = set(re.findall(r"#[0-9a-f]{6}\b", (RESULTS / "results.svg").read_text("utf-8")))
-    assert used <= {plot_results.INK, *plot_results.COLORS}
+    assert README.count("![") == 1 and "](tests/results/results.svg)" in README
 
 
 def test_the_demos_run_is_the_one_on_record() -> None:
-    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    assert {key: record["settings"][key] for key in lora_scratch.DEMO} == lora_scratch.DEMO
-    for epoch in record["epochs"]:
-        assert f"accuracy {epoch['accuracy']:.2f} % ({epoch['correct']}/200), {epoch['seconds']:.1f} s\n" in README
-    assert lora_scratch.label_report(torch.tensor(record["result"]["confusion"]), ["negative", "positive"]) in README
-    sst2 = record["sst2_validation"]
-    assert f"{sst2['correct']} ({100 * sst2['correct'] / 872:.2f} %)" in README
+    run = record("demo")
+    assert {key: run["settings"][key] for key in lora_scratch.DEMO} == lora_scratch.DEMO
+    losses = "training loss {train_loss:.4f}, validation loss {eval_loss:.4f}, "
+    for epoch in run["epochs"]:
+        line = f"epoch {{epoch}}: {losses}accuracy {{accuracy:.2f}} % ({{correct}}/200), {{seconds:.1f}} s\n"
+        assert line.format(**epoch) in README
+    counts, result = run["parameters"], run["result"]
+    assert all(f"{part:12}{counts[part]:>12,} " in README for part in ("lora", "head", "frozen base"))
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    assert f"{run['hardware']}, {run['precision']}; {versions}\n" in README
+    assert f"({result['bytes'] / 1e6:.1f} MB); reloaded, it answers {result['correct']}/200 right\n" in README
+    assert lora_scratch.label_report(torch.tensor(result["confusion"]), result["label_names"]) in README
+    sst2 = run["sst2_validation"]
+    for text in (README, TABLES):
+        assert f"{sst2['correct']} ({100 * sst2['correct'] / 872:.2f} %)" in text
+
+
+def test_the_four_lines_of_a_table_are_from_the_demos_sentences() -> None:
+    shown = README.partition("```\ncomment,about\n")[2].partition("```")[0]
+    with open(ROOT / lora_scratch.DEMO["dataset"] / "train.tsv", encoding="utf-8", newline="") as file:
+        topics = {row["sentence"]: row["topic"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+    rows = list(csv.reader(shown.splitlines()))
+    assert len(rows) == 3 and all(topics[text] == topic for text, topic in rows)
+    count = sum(topic in ("hotel", "meal", "gadget") for topic in topics.values())
+    assert f"`dataset/comments.csv` has {count} of the demo's sentences" in TABLES
