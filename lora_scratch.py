@@ -649,6 +649,7 @@ def read_csv(path: Path):
     if is_tsv and header.endswith("\r\n"):
         last = table.columns[-1]
         table[last] = table[last].str.removesuffix("\r")
+        table = table.rename(columns={last: last.removesuffix("\r")})
     if is_tsv and any(looks_quoted(table[name].head(1000)) for name in table.columns):
         note(f"{path}: it has fields in quotes, which are text in a .tsv file; call it .csv if they are not")
     return table

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports below ends the prog
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -43,8 +44,11 @@ from lora_scratch import (
     between,
     check_text,
     choose_device,
+    is_blank,
+    listed,
     load_checkpoint,
     merge_lora,
+    note,
     on_terminal,
     predict,
     read_columns,
@@ -52,6 +56,7 @@ from lora_scratch import (
     reason,
     run,
     use_cache_if_offline,
+    visible,
     write_file,
     write_folder,
 )
@@ -89,26 +94,49 @@ def read_texts(args: argparse.Namespace) -> Iterable[str]:
     if args.sentences and not args.file:
         return args.sentences
     if args.file and args.file.suffix.lower() in FORMATS:
-        return [*args.sentences, *read_table(args.file, [args.text_column])[0]]
-    try:  # only \n ends a line, so that answers match what other tools count as lines
-        source = args.file or sys.stdin.fileno()
-        file = open(source, encoding="utf-8-sig", errors="replace", newline="\n")  # noqa: SIM115 - read later
+        return [*args.sentences, *read_table(args)]
+    try:
+        stream = open(args.file, "rb") if args.file else sys.stdin.buffer  # noqa: SIM115 - read later
     except OSError as error:
-        name = args.file or "standard input"
-        raise InputError(f"{name}: {error.strerror}; give a file or a sentence") from error
-    lines = (line.removesuffix("\n").removesuffix("\r") for line in file)
-    return itertools.chain(args.sentences, lines)
+        raise InputError(f"{args.file}: {error.strerror}; give a file or a sentence") from error
+    return itertools.chain(args.sentences, read_lines(args.file or "standard input", stream))
 
 
-def read_table(path: Path, columns: list[str]) -> list[list[str]]:
-    """Columns of a table, all of them text."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--file {path}: give a table that ends in {', '.join(FORMATS)}")
-    values = read_columns(path, read_file(path), columns)
-    for column, texts in zip(columns, values, strict=True):
-        for i, text in enumerate(texts, start=1):
-            check_text(f"{path}: row {i}", column, text)
-    return values
+def read_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
+    """Its lines as text; only \n ends one, so that answers match what other tools count as lines.
+
+    A byte-order mark decides, else it is UTF-8; a line that is not is read as Windows-1252, with a note.
+    """
+    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        lines = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
+    else:
+        lines = decode_lines(name, stream)
+    for line in lines:
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def decode_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
+    told = False
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            text = line.decode("cp1252", errors="replace")
+            if not told:
+                note(f"{name}: line {number} is not UTF-8; read as Windows-1252: is that right?")
+            told = True
+        yield text
+
+
+def read_table(args: argparse.Namespace, *more: str) -> list:
+    """The texts of a table, or these and the values of more columns."""
+    if args.file.suffix.lower() not in FORMATS:
+        raise InputError(f"--file {args.file}: give a table that ends in {listed(FORMATS)}")
+    texts, *others = read_columns(args.file, read_file(args.file), [args.text_column, *more])
+    for i, text in enumerate(texts, start=1):
+        check_text(f"{args.file}: row {i}", args.text_column, text)
+    texts = [text or "" for text in texts]
+    return [texts, *others] if more else texts
 
 
 def chunks(texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
@@ -137,7 +165,7 @@ def probabilities(model: Model, tokens: Tokens, batch_size: int) -> Tensor:
 def classify(model: Model, texts: list[str], args: argparse.Namespace) -> list[dict]:
     """One answer for each text, as --json prints it; a blank text gets the label None."""
     answers = [{"text": text, "label": None, "probabilities": {}, "model": model.name} for text in texts]
-    asked = [answer for answer in answers if answer["text"].strip()]
+    asked = [answer for answer in answers if not is_blank(answer["text"])]
     if not asked:
         return answers
     tokens, cut = read_tokens([answer["text"] for answer in asked], model)
@@ -199,12 +227,6 @@ def in_words(answer: dict, model: Model) -> str:
     return f"{line}\n    {'  '.join(words)}" if words else line
 
 
-def visible(text: str, width: int = 200) -> str:
-    """Text on one line of a terminal, to which control characters could do anything."""
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[: width + 1])
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
-
-
 def prompt(models: list[Model], args: argparse.Namespace) -> None:
     """Ask for sentences until the user has enough."""
     with contextlib.suppress(ImportError):  # Windows has none
@@ -213,7 +235,7 @@ def prompt(models: list[Model], args: argparse.Namespace) -> None:
     print("Type a sentence; exit, Ctrl-D or Ctrl-C leaves.", file=sys.stderr)
     try:
         while (text := input("> " if sys.stdout.isatty() else "")).strip().lower() != "exit":
-            if text.strip():
+            if not is_blank(text):
                 answer_all(models, [text], args, headed=False)
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)  # the shell's own prompt starts a line
@@ -225,11 +247,7 @@ def write_glue(model: Model, args: argparse.Namespace) -> None:
         raise InputError(
             f"--glue: SST-2 has 2 labels, but this model {len(model.label_names)}; choose another"
         )
-    if args.file:
-        (texts,) = read_table(args.file, [args.text_column])
-        (index,) = read_columns(args.file, read_file(args.file), ["index"])
-    else:
-        index, texts = read_glue_test()
+    texts, index = read_table(args, "index") if args.file else read_glue_test()
     predictions = []
     for chunk in chunks(texts, progress=on_terminal()):
         tokens, _ = read_tokens(chunk, model)
@@ -240,8 +258,8 @@ def write_glue(model: Model, args: argparse.Namespace) -> None:
     print(f"wrote {len(predictions):,} predictions to {args.glue}")
 
 
-def read_glue_test() -> tuple[list[int], list[str]]:
-    """Numbers and sentences of SST-2's test split, from the Hub or its cache."""
+def read_glue_test() -> tuple[list[str], list[int]]:
+    """Sentences and numbers of SST-2's test split, from the Hub or its cache."""
     use_cache_if_offline()
     import datasets  # a second, here alone; after the Hub was asked, whose answer it copies
 
@@ -251,7 +269,7 @@ def read_glue_test() -> tuple[list[int], list[str]]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         remedy = "give index<TAB>sentence with --file"
         raise InputError(f"no Hub ({reason(error)}): {remedy}") from error
-    return table["idx"], table["sentence"]
+    return table["sentence"], table["idx"]
 
 
 def export(path: Path, args: argparse.Namespace) -> None:

@@ -225,11 +225,12 @@ def test_json_is_all_that_is_printed_and_peft_is_not_needed(trained: Path) -> No
     text = "\ufeffa great film\n\n \t\r\nI hated it\x85\u2028\x00\r \x1b[31m\r\n\U0001f600 電影\n".encode() + b"caf\xe9"
     environment = os.environ | {"PYTHONPATH": str(Path(SCRIPT).parent)}
     done = subprocess.run(command, input=text, capture_output=True, cwd=trained, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    told = b"note: standard input: line 6 is not UTF-8; read as Windows-1252: is that right?\n"
+    assert (done.returncode, done.stderr) == (0, told)
     assert done.stdout.isascii() and done.stdout.endswith(b"}\n")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     hated = "I hated it\x85\u2028\x00\r \x1b[31m"
-    assert [answer["text"] for answer in answers] == ["a great film", "", " \t", hated, "\U0001f600 電影", "caf\ufffd"]
+    assert [answer["text"] for answer in answers] == ["a great film", "", " \t", hated, "\U0001f600 電影", "caf\xe9"]
     assert all(list(answer) == ["text", "label", "probabilities", "model"] for answer in answers)
     assert [answer["label"] for answer in answers[:4]] == ["positive", None, None, "negative"]
     assert answers[1]["probabilities"] == {} and answers[0]["probabilities"].keys() == {"negative", "positive"}
