@@ -272,13 +272,11 @@ def plain(value: object) -> object:
 
 def convert(args: argparse.Namespace) -> None:
     """One of the two conversions; raises InputError where something stands at the output."""
+    for path in (args.output, replace_ending(args.output, "")):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            what = f"there is something already at {path}"
+            raise InputError(f"--output {args.output}: {what}; name a new place")
     check_output(args, is_file=bool(args.export_scratch))
-    beside = replace_ending(args.output, "")
-    for path in (args.output, beside):
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(
-                f"--output {args.output}: there is something already at {path}; name a new place"
-            )
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.import_scratch:

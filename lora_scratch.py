@@ -530,6 +530,7 @@ def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
         raise InputError(
             f"{args.dataset}: one sentence is too few to hold a tenth out; give a validation split"
         )
+    labels, eval_labels = without_fractions(args, labels, eval_labels)
     class_names = splits["train"].attrs.get("names", {}).get(args.label_column)
     index, names = number_labels(args, labels, eval_labels, class_names)
     train_table = Table([texts[i] for i in kept], [index[labels[i]] for i in kept])
@@ -683,9 +684,9 @@ def find_encoding(path: Path) -> str:
 def read_json(path: Path) -> list[dict]:
     """The rows of a file of JSON: one object a line, or one array of objects."""
     with open(path, encoding=find_encoding(path)) as file:
-        first = file.read(1)
+        is_array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
         file.seek(0)
-        rows = json.load(file) if first == "[" else [json.loads(line) for line in file if line.strip()]
+        rows = json.load(file) if is_array else [json.loads(line) for line in file if line.strip()]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("not one JSON object a line")
     json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
@@ -749,9 +750,7 @@ def is_blank(text: str | None) -> bool:
 
 
 def as_labels(args: argparse.Namespace, name: str, labels: list, rows: list[int]) -> list[str]:
-    """Labels as text: without spaces at their ends, and 1.0 as 1 where all are numbers."""
-    import re
-
+    """Labels as text, without spaces at their ends; raises InputError for a row without one."""
     for i, label in zip(rows, labels, strict=True):
         if not isinstance(label, (int, float, str)) or not str(label).strip():
             what = f"{name} row {i + 1}: {visible(repr(label), 100)} is no label"
@@ -759,13 +758,21 @@ def as_labels(args: argparse.Namespace, name: str, labels: list, rows: list[int]
     found = {label: str(label).strip() for label in set(labels)}
     if any(found[label] != str(label) for label in found):
         note(f"{args.dataset}: spaces around labels of the {name} split are left out")
-    if all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found.values()):
-        broken = [label for label in found.values() if "." in label and label.rpartition(".")[2].strip("0")]
-        if broken:
-            what = f"{len(found)} different numbers in {args.label_column!r}, {broken[0]} among them"
-            raise InputError(f"{args.dataset}: {what}; labels are whole numbers or names")
-        found = {label: text.partition(".")[0] for label, text in found.items()}
     return [found[label] for label in labels]
+
+
+def without_fractions(args: argparse.Namespace, *splits: list[str]) -> list[list[str]]:
+    """Labels with 1.0 as 1, where all labels are numbers; raises InputError for one that is not whole."""
+    import re
+
+    found = sorted(set().union(*splits))
+    if not all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
+        return list(splits)
+    broken = [label for label in found if label.partition(".")[2].strip("0")]
+    if broken:
+        what = f"{len(found)} different numbers in {args.label_column!r}, {broken[0]} among them"
+        raise InputError(f"{args.dataset}: {what}; labels are whole numbers or names")
+    return [[label.partition(".")[0] for label in labels] for labels in splits]
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -1677,11 +1684,10 @@ def run(main: Callable[[], int | None], keep_going: bool = True) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # for a terminal or a pipe that does not know every character
-    if keep_going:
-        sys.stdout = Steady(sys.stdout)
+    output = Steady(sys.stdout) if keep_going else sys.stdout
     quiet = dist.is_torchelastic_launched() and os.environ["RANK"] != "0"  # the first process speaks
     try:
-        with contextlib.redirect_stdout(None) if quiet else contextlib.nullcontext():
+        with contextlib.redirect_stdout(None if quiet else output):
             code = main()
             sys.stdout.flush() if sys.stdout else None
             sys.exit(code)
