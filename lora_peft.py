@@ -23,8 +23,8 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends the program without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
 
 import peft
 from peft import (
@@ -51,14 +51,15 @@ from lora_scratch import (
     check_facts,
     check_output,
     check_tensors,
+    choose_recipe,
     count_parameters,
     data_facts,
     describe,
     evaluate,
     find_targets,
-    go_on_alone,
-    leaf,
+    last_name,
     leave,
+    leave_group,
     load_base,
     load_checkpoint,
     load_tables,
@@ -73,9 +74,9 @@ from lora_scratch import (
     run,
     save_checkpoint,
     tell_how_to_ask,
+    tensors_to_save,
     tokenize,
     train,
-    trained_tensors,
     write_folder,
     write_record,
 )
@@ -93,7 +94,7 @@ def make_config(base: Base, facts: dict, use_dora: bool = False) -> LoraConfig:
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules()]
-    namesakes = [path for path in paths if leaf(path) in facts["targets"] and path not in head_layers]
+    namesakes = [path for path in paths if last_name(path) in facts["targets"] and path not in head_layers]
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         base_model_name_or_path=facts["base"],
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> int | None:
     device, dtype = prepare_machine(args)
 
     train_table, eval_table, label_names = load_tables(args)
+    choose_recipe(args, len(train_table.text))
     base = load_base(args.model, args.revision, label_names, args.max_length)
     train_set = tokenize(train_table, base.tokenizer, args.max_length)
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     state = TrainingState(args, model, facts | data_facts(train_set, eval_set), dtype)
     train(model, train_set, eval_set, args, state)
-    if not go_on_alone() or state.stopped:
+    if not leave_group() or state.stopped:
         return leave(state)
 
     record = make_record(args, counts, dtype, state)
@@ -272,13 +274,13 @@ def plain(value: object) -> object:
 
 def convert(args: argparse.Namespace) -> None:
     """One of the two conversions; raises InputError where something stands at the output."""
+    if args.import_scratch and args.export_scratch:
+        raise InputError("--import-scratch and --export-scratch: one at a time")
     for path in (args.output, replace_ending(args.output, "")):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             what = f"there is something already at {path}"
             raise InputError(f"--output {args.output}: {what}; name a new place")
     check_output(args, is_file=bool(args.export_scratch))
-    if args.import_scratch and args.export_scratch:
-        raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.import_scratch:
         import_scratch(args)
     else:
@@ -289,6 +291,11 @@ def import_scratch(args: argparse.Namespace) -> None:
     """Write a PEFT adapter folder that answers as a handwritten checkpoint does."""
     scratch, checkpoint = load_checkpoint(args.import_scratch, args.model)
     facts = {key: value for key, value in checkpoint.items() if key not in ("format", "state_dict")}
+    try:
+        json.dumps(facts)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{args.import_scratch}: its record is none ({reason(error)})") from error
+    check_answers(args.import_scratch, scratch)
     base = load_trained_base(args.import_scratch, checkpoint, args.model)
     model = wrap(base, make_config(base, facts))
     for name, tensor in own_names(model.state_dict()).items():
@@ -308,18 +315,28 @@ def export_scratch(args: argparse.Namespace) -> None:
     if base.model.peft_config["default"].use_dora:
         what = "the .pt format cannot hold use_dora=True, its magnitude vectors"
         raise InputError(f"{args.export_scratch}: {what}")
-    tensors = trained_tensors(own_names(base.model.state_dict()), base.head)
+    check_answers(args.export_scratch, base)
+    tensors = tensors_to_save(own_names(base.model.state_dict()), base.head)
     facts = {key: value for key, value in facts.items() if key not in ("format", "tensors")}
     save_checkpoint(args.output, tensors, facts, base.tokenizer)
     compare_logits(args, base, load_checkpoint(args.output, args.model)[0])
 
 
+def two_answers(base: Base) -> Tensor:
+    """The logits of two sentences."""
+    texts = Table(["A warm, funny film.", "It never ends, and never begins."], [0, 0])
+    return predict(base.model, tokenize(texts, base.tokenizer, 16), 2)
+
+
+def check_answers(path: Path, base: Base) -> None:
+    """Raise InputError for a model that has no answers to convert."""
+    if not two_answers(base).isfinite().all():
+        raise InputError(f"{path}: its answers are not finite; its tensors or its alpha are too large")
+
+
 def compare_logits(args: argparse.Namespace, source: Base, converted: Base) -> None:
     """Print how far the converted model's answers are from the source's."""
-    texts = Table(["A warm, funny film.", "It never ends, and never begins."], [0, 0])
-    tokens = tokenize(texts, source.tokenizer, 16)
-    one, other = (predict(base.model, tokens, 2) for base in (source, converted))
-    difference = (one - other).abs().max().item()
+    difference = (two_answers(source) - two_answers(converted)).abs().max().item()
     print(f"saved {args.output}; logits differ by at most {difference:.1e}")
 
 

@@ -4,17 +4,16 @@ A pretrained linear layer stays frozen. Two small matrices beside it learn a cor
 
     y = W x + b + (alpha / r) · B A x        W (out, in) frozen, A (r, in) and B (out, r) trained
 
-B starts at zero, so training starts from exactly the pretrained model. Only A, B and the
+B starts at zero, so training starts from exactly the pretrained encoder. Only A, B and the
 classification head are saved: 3 MB instead of 268. Merged, W + (alpha / r) · B A is a plain layer.
 
-How to read this file: down to the line PLUMBING it is the whole idea, in the order in which it
-happens: the layer and where it goes, the training, the run. What a tool needs besides (tables,
-files, resuming, flags, messages) stands below that line, and the story calls it by name.
+How to read this file: down to the line PLUMBING it is the whole idea, from the inside out: the
+layer, where it goes, the training, the run. What a tool needs besides (tables, files, resuming,
+flags, messages) stands below that line, and the story calls it by name.
 
     python lora_scratch.py                      # DistilBERT on SST-2
-    python lora_scratch.py --freeze-head        # the published recipe: nothing else trained, 0.22 %
+    python lora_scratch.py --freeze-head        # the published recipe: A and B alone, 0.22 %
     python lora_scratch.py --dataset reviews.csv --text-column review --label-column stars
-    python lora_scratch.py --max-steps 100      # a short run, to see that everything works
     python lora_scratch.py --demo               # a minute, without the Hub, after ./setup.sh --demo
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
@@ -29,15 +28,15 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends the program without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ class LoRALinear(nn.Module):
     base     the pretrained layer; it stays as it is
     r        the rank, at least 1: A is (r, in), B is (out, r), both float32
     alpha    scaling = alpha / r, or alpha / √r with use_rslora (arXiv:2312.03732)
-    dropout  on what A sees, nowhere else
+    dropout  on A's input; the base keeps its own
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout=0.0, use_rslora=False):
@@ -79,7 +78,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain linear layer that answers the same: W + scaling · B A, in float32."""
+        """A plain linear layer that answers as this one in eval mode: W + scaling · B A, in float32."""
         merged = copy.deepcopy(self.base).float()
         merged.weight += self.scaling * self.lora_B @ self.lora_A
         return merged
@@ -105,12 +104,12 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     if targets == ["all-linear"]:
         return linear
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type, [])
-    names = sorted({leaf(path) for path in linear})
+    names = sorted({last_name(path) for path in linear})
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"{unknown[0]!r} is no linear layer outside the head" if unknown else "no default targets"
         raise InputError(f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}")
-    return [path for path in linear if leaf(path) in targets]
+    return [path for path in linear if last_name(path) in targets]
 
 
 def inject_lora(
@@ -121,7 +120,7 @@ def inject_lora(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)
     for path in wrapped:
-        layer = LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora)
+        layer = LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora)  # A and B train
         model.set_submodule(path, layer)
     return wrapped
 
@@ -140,7 +139,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def train(
     model: nn.Module, train_set: Tokens, eval_set: Tokens, args: argparse.Namespace, state: TrainingState
 ) -> None:
-    """Train what requires a gradient, from the step where `state` stands.
+    """Train what requires a gradient on tokenised sentences, from the step where `state` stands.
 
     `state` collects the loss of every step and a record of every epoch, and saves them for --resume.
     """
@@ -148,18 +147,18 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
-    scheduler = LambdaLR(optimizer, warmup_then_decay(args.warmup, total_steps))  # of the rate
+    scheduler = LambdaLR(optimizer, warmup_then_decay(args.warmup, total_steps))
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute_dtype(model) == torch.float16)
-    first_step = state.begin(total_steps, optimizer, scheduler, scaler)  # 0, or where --resume goes on
-    network = share_gradients(model, args.seed)  # the model itself, but for torchrun
+    first_step = state.begin(total_steps, steps_per_epoch, optimizer, scheduler, scaler)  # 0, or --resume's
+    network = share_gradients(model, args.seed)  # one process: the model itself; several: the mean of theirs
 
     with state.stop_on_signals(), Progress(state, first_step, len(train_set), args) as progress:
         for step in range(first_step, total_steps):
-            epoch, number = divmod(step, steps_per_epoch)
-            if number == 0 or step == first_step:  # every epoch has an order of its own
+            epoch, batch_number = divmod(step, steps_per_epoch)
+            if batch_number == 0 or step == first_step:  # every epoch has an order of its own
                 model.train()
                 batches = make_batches(train_set.lengths, args.batch_size, 1000 * args.seed + epoch)
-            share, weight = own_share(batches[number])  # the whole batch and 1, but for torchrun
+            share, weight = own_share(batches[batch_number])  # one process: the whole batch, weight 1
             inputs, labels = collate(train_set, share, model), train_set.labels[share].to(model.device)
 
             # ---- one step of training ----
@@ -168,7 +167,7 @@ def train(
             loss = weight * F.cross_entropy(logits.float(), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
@@ -176,12 +175,12 @@ def train(
             # ---- the rest reports, evaluates and saves ----
 
             state.losses[step] = mean_over_processes(loss.detach())
-            done, ended = step + 1, number + 1 == steps_per_epoch or step + 1 == total_steps
-            if ended or done % args.log_every == 0:
+            done, epoch_ended = step + 1, batch_number + 1 == steps_per_epoch or step + 1 == total_steps
+            if epoch_ended or done % args.log_every == 0:
                 progress.report(done, scheduler.get_last_lr()[0])
-            if ended:
+            if epoch_ended:
                 progress.end_epoch(done, *evaluate(model, eval_set, args.eval_batch_size))
-            if ended or state.stopped or done % args.save_every == 0:
+            if epoch_ended or state.stopped or done % args.save_every == 0:
                 state.save(done)
             if state.stopped:
                 break
@@ -191,7 +190,7 @@ def train(
 def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
     """Logits (sentences, labels) in float32, in the order given; batched by length inside."""
     model.eval()
-    logits = torch.zeros(len(sentences), model.config.num_labels)
+    logits = torch.zeros(len(sentences), model.config.num_labels)  # where another process answers: zero
     for batch in own_batches(make_batches(sentences.lengths, batch_size)):
         with autocast(model):
             logits[batch] = model(**collate(sentences, batch, model)).logits.float().cpu()
@@ -244,26 +243,27 @@ def main(argv: list[str] | None = None) -> int | None:
     device, dtype = prepare_machine(args)
 
     train_table, eval_table, label_names = load_tables(args)
+    choose_recipe(args, len(train_table.text))  # learning rate, steps and targets follow the data
     base = load_base(args.model, args.revision, label_names, args.max_length)
     train_set = tokenize(train_table, base.tokenizer, args.max_length)
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
 
-    lora = (args.targets, args.r, args.alpha, args.dropout, args.use_rslora)
-    wrapped = inject_lora(base.model, base.head, *lora)
-    train_head(base, not args.freeze_head)
+    lora = {key: getattr(args, key) for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
+    wrapped = inject_lora(base.model, base.head, **lora)
+    set_head_trainable(base, not args.freeze_head)
     cast_base(base, dtype)  # the frozen weights compute in 16 bits where the machine can
     model = base.model.to(device)
-    facts = adapter_facts(args, base, label_names, wrapped)
+    facts = adapter_facts(args, base, label_names, wrapped)  # what rebuilding needs beside the tensors
     counts = count_parameters(dict(model.named_parameters()), base.head)
     describe(args, counts, wrapped, dtype)
 
     state = TrainingState(args, model, facts | data_facts(train_set, eval_set), dtype)
     train(model, train_set, eval_set, args, state)
-    if not go_on_alone() or state.stopped:  # of several processes the first one saves
+    if not leave_group() or state.stopped:  # several processes part here, and the first one saves
         return leave(state)
 
     record = make_record(args, counts, dtype, state)
-    tensors = trained_tensors(model.state_dict(), base.head)
+    tensors = tensors_to_save(model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, facts | {"record": record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
     cast_base(reloaded, dtype)
@@ -308,6 +308,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         check_config(name, config)
         config.problem_type = "single_label_classification"  # whatever the base was trained for
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+        tokenizer.truncation_side = "right"  # as in training, whatever its file says
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
             **source,
@@ -326,6 +327,12 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     head = [key for key in names if not key.startswith(encoder) or ".pooler." in key]
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     wrong = [key for key in names if key in {*report["missing_keys"], *mismatched} and key not in head]
+    shapes = {without_numbers(key.removeprefix(encoder)) for key in names}
+    unread = [key for key in report["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    unread = [key for key in unread if without_numbers(key.removeprefix(encoder)) in shapes]
+    if unread:
+        what = f"its file has weights that its config.json leaves out ({', '.join(sorted(unread)[:3])})"
+        raise InputError(f"{name}: {what}; use the model's own config.json")
     if wrong:
         what = f"{len(wrong)} weights are missing or of another shape ({', '.join(wrong[:3])})"
         raise InputError(f"{name}: {what}; use a complete base model and its own config.json")
@@ -336,6 +343,11 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     compute_cls_only(model)
     identity = identify(model, tokenizer, head)
     return Base(model, tokenizer, head, identity, getattr(config, "_commit_hash", None))
+
+
+def without_numbers(key: str) -> str:
+    """The name of a parameter in whatever layer."""
+    return re.sub(r"\.\d+\.", ".*.", key)
 
 
 def check_config(name: str, config: transformers.PretrainedConfig) -> None:
@@ -359,7 +371,7 @@ def check_tokenizer(name: str, model: nn.Module, tokenizer: Callable, max_length
         raise InputError(f"{name}: {what}; use the model's own")
     limits = [getattr(model.config, "max_position_embeddings", None) or -1, tokenizer.model_max_length]
     for path, module in model.named_modules():
-        if leaf(path) == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
+        if last_name(path) == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
             limits[0] -= module.padding_idx + 1  # RoBERTa counts its positions from there
     limit = min((limit for limit in limits if limit > 0), default=math.inf)  # -1 is XLNet's "none"
     if not 3 <= max_length <= limit:
@@ -376,7 +388,7 @@ NOT_COMPUTED = {  # what a configuration says besides how to compute
 }
 
 
-def train_head(base: Base, trained: bool) -> None:
+def set_head_trainable(base: Base, trained: bool) -> None:
     """Train the head, or leave it as random as it starts: the published recipe."""
     for name in base.head:
         base.model.get_parameter(name).requires_grad_(trained)
@@ -396,6 +408,10 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str]) -> dict:
         if name not in head:
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().contiguous().numpy())
+            if not parameter.isfinite().all():
+                raise InputError(
+                    f"{model.config._name_or_path}: {name} has NaN or infinity in it; use a sound base"
+                )
     config = json.loads(model.config.to_json_string(use_diff=False))
     words = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBES)["input_ids"]]
     return {
@@ -453,7 +469,7 @@ def use_cache_if_offline() -> None:
     constants.HF_HUB_OFFLINE = not answers
 
 
-def leaf(path: str) -> str:
+def last_name(path: str) -> str:
     """The last name of a path: q_lin of distilbert.transformer.layer.0.attention.q_lin."""
     return path.rpartition(".")[2]
 
@@ -518,10 +534,8 @@ def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
         kept = range(len(texts))
     else:
         kept, held = hold_out(labels, args.seed)
-        print(
-            f"{args.dataset} has no validation split: "
-            f"a tenth of each label, {len(held)} rows, is held out by seed"
-        )
+        what = f"a tenth of each label, {len(held)} rows, is held out by seed"
+        print(f"{visible(args.dataset)} has no validation split: {what}")
         eval_texts, eval_labels = [texts[i] for i in held], [labels[i] for i in held]
     if args.train_samples:
         order, kept = shuffled(len(texts), args.seed), set(kept)
@@ -542,7 +556,8 @@ def read_splits(args: argparse.Namespace) -> dict:
     path = Path(args.dataset)
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by save_to_disk
     if path.is_dir() and not saved:
-        return read_folder(path)
+        part = path / (args.dataset_config or ".")  # as in a copy of a Hub data set
+        return read_folder(part if part.is_dir() else path)
     if path.is_file() and path.suffix.lower() in FORMATS:
         return {"train": read_file(path)}
     named_as_path = path.suffix.lower() in FORMATS or args.dataset.startswith((".", "/", "~"))
@@ -561,18 +576,22 @@ def read_folder(path: Path) -> dict:
     files, unused = {}, []
     for file in sorted(path.iterdir()):
         if file.suffix.lower() in FORMATS:
-            stem, _, number = file.stem.lower().partition("-")  # train-00000-of-00002
-            is_part = not number or (number[:5] + number[9:]).isdecimal()
-            if stem in SPLITS and is_part:
+            stem, _, part = file.stem.lower().partition("-")  # train-00000-of-00002
+            if stem in SPLITS and re.fullmatch(r"(\d{5}-of-\d{5}(-\w+)?)?", part):
                 files.setdefault(SPLITS[stem], []).append(file)
             elif stem not in ("test", "testing"):
                 unused.append(file.name)
     if unused and files:
         note(f"{path}: not used: {listed(unused)}")
     for parts in files.values():
-        if len(parts) > 1 and not all("-of-" in file.stem for file in parts):
+        found = [re.search(r"-(\d{5})-of-(\d{5})", file.name) for file in parts]
+        count = int(found[0][2]) if found[0] else 1
+        numbers = [int(match[1]) if match else 0 for match in found]
+        if numbers != list(range(count)) or any(
+            bool(match) != (count > 1 or bool(found[0])) for match in found
+        ):
             names = listed([file.name for file in parts])
-            raise InputError(f"{path}: two files for one split ({names}); move one away")
+            raise InputError(f"{path}: two files for one split, or a part is missing ({names}); see to that")
     splits = {}
     for split, parts in files.items():
         tables = [read_file(file) for file in parts]
@@ -664,11 +683,11 @@ def looks_quoted(column) -> bool:
 
 def find_encoding(path: Path) -> str:
     """What a byte-order mark says, or UTF-8; text that is neither is read as Windows-1252, with a note."""
-    import re
-
     with open(path, "rb") as file:
         if (mark := file.read(2)) in (b"\xff\xfe", b"\xfe\xff"):
             return "utf-16"
+        if b"\0" in mark:
+            raise ValueError("this is UTF-16 without its mark, or no text: save the file as UTF-8")
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
@@ -697,7 +716,7 @@ def as_frame(table):
     """An Arrow table as a pandas table that keeps its values; names of classes go into its `attrs`."""
     import pandas
 
-    frame = table.to_pandas(types_mapper=pandas.ArrowDtype)
+    frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = features.get("info", {}).get("features", {})
     frame.attrs["names"] = {name: feature.get("names") for name, feature in features.items()}
@@ -751,8 +770,10 @@ def is_blank(text: str | None) -> bool:
 
 def as_labels(args: argparse.Namespace, name: str, labels: list, rows: list[int]) -> list[str]:
     """Labels as text, without spaces at their ends; raises InputError for a row without one."""
+    import numbers
+
     for i, label in zip(rows, labels, strict=True):
-        if not isinstance(label, (int, float, str)) or not str(label).strip():
+        if not isinstance(label, (numbers.Number, str)) or not str(label).strip():
             what = f"{name} row {i + 1}: {visible(repr(label), 100)} is no label"
             raise InputError(f"{args.dataset}: {what}; give whole numbers or names")
     found = {label: str(label).strip() for label in set(labels)}
@@ -763,8 +784,6 @@ def as_labels(args: argparse.Namespace, name: str, labels: list, rows: list[int]
 
 def without_fractions(args: argparse.Namespace, *splits: list[str]) -> list[list[str]]:
     """Labels with 1.0 as 1, where all labels are numbers; raises InputError for one that is not whole."""
-    import re
-
     found = sorted(set().union(*splits))
     if not all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
         return list(splits)
@@ -797,8 +816,6 @@ def number_labels(
     args: argparse.Namespace, labels: list[str], eval_labels: list[str], class_names: list[str] | None
 ) -> tuple[dict[str, int], list[str]]:
     """The index of each label and the labels' names: by value where all are whole numbers, else by name."""
-    import re
-
     found = set(labels)
     numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in found.union(eval_labels))
     if len(labels) > 20 and len(found) > 0.9 * len(labels):
@@ -816,6 +833,10 @@ def number_labels(
     if unknown:
         what = f"label {visible(repr(unknown[0]), 60)} of a row is not one of the training labels"
         raise InputError(f"{args.dataset}: {what} {listed(known)}")
+    long = [label for label in class_names or known if len(label) > LONGEST_NAME]
+    if long or len(set(class_names or known)) < len(class_names or known):
+        what = f"labels of over {LONGEST_NAME} characters, or two of one name"
+        raise InputError(f"{args.dataset}: {what}; is it the right --label-column?")
     names = args.label_names
     if names and not numbers:
         what = "--label-names is for integer labels"
@@ -842,6 +863,7 @@ FACTS = {  # what a checkpoint says beside its tensors, and of which type it is
     "use_rslora": bool,
 }
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
+LONGEST_NAME = 1000  # of a label or a target, in characters
 RANGES = {"r": (1, 65_536), "alpha": (0, 1e6), "dropout": (0, 0.99)}  # of flags and of files alike
 
 
@@ -852,7 +874,7 @@ def adapter_facts(args: argparse.Namespace, base: Base, label_names: list[str], 
         "revision": base.revision,
         "label_names": label_names,
         "max_length": args.max_length,
-        "targets": sorted({leaf(path) for path in wrapped}),
+        "targets": sorted({last_name(path) for path in wrapped}),
         "r": args.r,
         "alpha": args.alpha,
         "dropout": args.dropout,
@@ -861,7 +883,7 @@ def adapter_facts(args: argparse.Namespace, base: Base, label_names: list[str], 
     }
 
 
-def trained_tensors(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
+def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
     """What a checkpoint keeps: <module path>.lora_A and .lora_B, and the head under its own names."""
     kept = [name for name in state if name.endswith((".lora_A", ".lora_B")) or name in head]
     return {name: state[name].cpu().clone() for name in kept}
@@ -888,7 +910,7 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its settings do not fit its base ({reason(error)})") from error
-    expected = trained_tensors(base.model.state_dict(), base.head)
+    expected = tensors_to_save(base.model.state_dict(), base.head)
     check_tensors(path, checkpoint["state_dict"], expected)
     base.model.load_state_dict(checkpoint["state_dict"], strict=False)  # the keys have been compared
     base.model.eval()
@@ -917,14 +939,15 @@ def check_facts(path: str | Path, facts: object, kinds: dict) -> None:
     if isinstance(found.get("format"), int) and found["format"] != FORMAT:
         message = f"format {found['format']}, but this version reads {FORMAT}"
         raise InputError(f"{path}: {message}; update the project")
-    for key, kind in {"format": int, **kinds}.items():
+    identity = {key: kind for key, kind in (("config", dict), ("tokenizer", str)) if key in found}
+    for key, kind in {"format": int, **kinds, **identity}.items():
         value = found.get(key)
         right = key in found and isinstance(value, kind)
         if right and key in RANGES:
             right = RANGES[key][0] <= value <= RANGES[key][1]
         if right and key in ("label_names", "targets"):
-            right = all(isinstance(name, str) and len(name) <= 1000 for name in value)
-            right = right and len(set(value)) == len(value)
+            right = all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in value)
+            right = right and len(set(value)) == len(value) >= (2 if key == "label_names" else 1)
         if not right:
             what = f"its {key!r} is missing or no such value"
             raise InputError(f"{path}: not made by this project, or damaged: {what}")
@@ -953,9 +976,10 @@ def is_plain(tensor: object) -> bool:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then move it into place: whole, or not at all."""
-    target = path.resolve()  # a link stays a link, and the move stays on one file system
-    temporary = target.with_name(f".{os.getpid()}.tmp")
+    temporary = path
     try:
+        target = path.resolve()  # a link stays a link, and the move stays on one file system
+        temporary = target.with_name(f".{os.getpid()}.tmp")
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -964,7 +988,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
         raise InputError(f"cannot write {path} ({reason(error)}); the old file is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], object], last: str = "") -> None:
@@ -973,10 +998,11 @@ def write_folder(path: Path, write: Callable[[Path], object], last: str = "") ->
 
     from safetensors import SafetensorError
 
-    target = path.resolve()
-    is_new = not target.exists()
-    temporary = (target.parent if is_new else target) / f".{os.getpid()}.tmp"
+    temporary = Path(f".{os.getpid()}.tmp")
     try:
+        target = path.resolve()
+        is_new = not target.exists()
+        temporary = (target.parent if is_new else target) / temporary
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         mask = os.umask(0)
@@ -1035,9 +1061,12 @@ class TrainingState:
         self.stopped = 0  # the number of the signal that came
         self.done = 0  # steps, when last saved
 
-    def begin(self, total_steps: int, optimizer, scheduler: LambdaLR, scaler) -> int:
+    def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scheduler: LambdaLR, scaler) -> int:
         """Put everything back where a run was interrupted; returns the number of its first step."""
-        self.parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        if total_steps > MOST_STEPS:
+            raise InputError(f"{total_steps:,} steps are too many; lower --epochs, or give --max-steps")
+        self.parts = {"optimizer": optimizer, "scaler": scaler}
+        self.scheduler, self.steps_per_epoch = scheduler, steps_per_epoch
         self.losses = torch.zeros(total_steps, device=self.model.device)
         if self.resume and self.path.exists():
             self.load()
@@ -1070,6 +1099,7 @@ class TrainingState:
             for name, parameter in self.trained.items():
                 parameter.copy_(state["trained"][name])
         self.done = len(state["losses"])
+        self.scheduler.last_epoch = self.done
         self.losses[: self.done] = state["losses"]
         self.epochs = state["epochs"]
         print(f"resumed after step {self.done}")
@@ -1089,13 +1119,15 @@ class TrainingState:
             check_tensors(self.path, optimizer["state"][i], moments | {"step": torch.tensor(float(steps))})
         (group,) = optimizer["param_groups"]
         (now,) = self.parts["optimizer"].state_dict()["param_groups"]
-        rates = ("lr", "initial_lr")
-        if any(group[key] != now[key] for key in now if key not in rates):
-            raise ValueError("the optimiser has other settings")
-        if not all(0 <= group[key] <= 1e6 for key in rates) or state["scheduler"]["last_epoch"] != steps:
-            raise ValueError("the learning rate is of another step")
-        if not all(isinstance(epoch, dict) for epoch in state["epochs"]):
-            raise ValueError("its epochs are no records")
+        rate = now["initial_lr"] * self.scheduler.lr_lambdas[0](steps)
+        if any(group[key] != (rate if key == "lr" else now[key]) for key in now):
+            raise ValueError("the optimiser has other settings, or is of another step")
+        finished = steps == len(self.losses) and steps % self.steps_per_epoch > 0
+        if len(state["epochs"]) != steps // self.steps_per_epoch + finished:
+            raise ValueError("its epochs are not those of its steps")
+        for epoch in state["epochs"]:
+            if not all(isinstance(value, (int, float)) for value in epoch.values()):
+                raise ValueError("its epochs are no records")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps; weights that are not finite are never written."""
@@ -1116,7 +1148,7 @@ class TrainingState:
         if len(bad) or not all(p.detach().sum().isfinite() for p in self.trained.values()):
             step = int(bad[0]) + 1 if len(bad) else done
             what = "the loss is" if len(bad) else "the weights are"
-            rate = self.parts["scheduler"].get_last_lr()[0]
+            rate = self.scheduler.get_last_lr()[0]
             raise InputError(f"step {step}: {what} not finite, near learning rate {rate:.1e}; lower --lr")
 
     @contextlib.contextmanager
@@ -1127,7 +1159,8 @@ class TrainingState:
             self.stopped = number
             signal.signal(number, signal.SIG_DFL)
 
-        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        former = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
         finally:
@@ -1163,7 +1196,7 @@ def is_first_process() -> bool:
     return rank_and_size()[0] == 0
 
 
-def go_on_alone() -> bool:
+def leave_group() -> bool:
     """Part from the other processes after the training; whether this is the first one, which goes on."""
     first = is_first_process()
     if dist.is_initialized():
@@ -1218,11 +1251,14 @@ class Progress:
     """How the training goes: a bar on a terminal, a line now and then elsewhere, and one an epoch."""
 
     def __init__(self, state: TrainingState, first_step: int, sentences: int, args: argparse.Namespace):
+        import time
+
         from tqdm import tqdm
 
+        self.now = time.perf_counter
         self.state, self.sentences, self.args = state, sentences, args
         self.first = first_step  # of this epoch, or of this run
-        self.start = time.perf_counter()
+        self.start = self.now()
         silent = not is_first_process() or not on_terminal()
         total = len(state.losses)
         self.bar = tqdm(total=total, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
@@ -1236,7 +1272,7 @@ class Progress:
     def report(self, done: int, lr: float) -> None:
         """The mean loss of the last steps; raises InputError where it is not finite."""
         self.state.check_finite(done)  # rarely: it waits for the GPU
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = self.now() - self.start
         sentences = min((done - self.first) * self.args.batch_size, self.sentences)
         self.sentences_a_second = sentences / self.seconds
         loss = self.state.losses[max(0, done - self.args.log_every) : done].mean().item()
@@ -1271,7 +1307,7 @@ class Progress:
             f"accuracy {record['accuracy']:.2f} % ({correct}/{total}), {self.seconds:.1f} s",
             flush=True,
         )
-        self.start, self.first = time.perf_counter(), done
+        self.start, self.first = self.now(), done
 
 
 def on_terminal() -> bool:
@@ -1294,11 +1330,11 @@ def describe(
     args: argparse.Namespace, counts: dict[str, int], wrapped: list[str], dtype: torch.dtype
 ) -> None:
     """Print the table of the start: what is trained, on which base, on which machine."""
-    leaves = ", ".join(sorted({leaf(path) for path in wrapped}))
+    leaves = ", ".join(sorted({last_name(path) for path in wrapped}))
     notes = {
         "lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({leaves})",
         "head": "frozen at its random start" if args.freeze_head else "trained",
-        "frozen base": args.model,
+        "frozen base": visible(args.model),
     }
     total = sum(counts[part] for part in notes)
     for part, note in notes.items():
@@ -1370,7 +1406,7 @@ def label_report(confusion: Tensor, label_names: list[str]) -> str:
     """Precision, recall and F1 of each label in percent, - where undefined; the matrix of up to 10 labels."""
     import pandas
 
-    names = [" ".join(name.split())[:20] for name in label_names]
+    names = [visible(" ".join(name.split()), 20) for name in label_names]
     right, given, real = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     columns = {
         "label": names,
@@ -1391,7 +1427,8 @@ def tell_how_to_ask(output: Path, texts: list[str]) -> None:
     """Print the command that asks the result about the shortest sentence."""
     from shlex import join
 
-    text = " ".join(min(texts, key=lambda text: (text.startswith("-"), len(text))).split())[:100]
+    order = {text: (not text.isprintable(), text.startswith("-"), len(text)) for text in texts}
+    text = visible(" ".join(min(texts, key=order.get).split()), 100)
     script = os.path.join(os.path.dirname(sys.argv[0]), "playground.py")
     path = os.path.join(".", output) if str(output).startswith("-") else str(output)
     command = [sys.orig_argv[0], script, "--model", path, *(["--"] if text.startswith("-") else []), text]
@@ -1408,8 +1445,16 @@ def replace_ending(output: Path, ending: str) -> Path:
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # name, configuration, revision
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
-DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "lr": 2e-3, "epochs": 4}
+DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
+RECIPES = {  # what becomes of the flags that are not given; measured in tests/results/README.md
+    "published": {"lr": 2e-4, "epochs": 3, "warmup": 0.06},  # query and value
+    "own": {"targets": ["all-linear"], "lr": 1e-3, "epochs": 3, "warmup": 0.06},
+}
+LEAST_STEPS = 400  # of "own": fewer rows are seen more often
 WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
+
+
+MOST_STEPS = 10**8
 
 
 def between(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -1425,15 +1470,22 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose messages fit a terminal, whatever was typed."""
+
+    def error(self, message: str) -> None:
+        super().error(visible(message, 400))
+
+
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     """The flags of both training scripts."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         usage="%(prog)s [options], see --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, share = between(int, 1, 10**8), between(float, 0, 1)
+    count, share = between(int, 1, MOST_STEPS), between(float, 0, 1)
     add = parser.add_argument_group("model and data").add_argument
     demo = ", ".join(f"{key} {value}" for key, value in DEMO.items())
     add("--demo", action="store_true", help=f"without the Hub: {demo}")
@@ -1463,18 +1515,18 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     )
     dropout = between(float, *RANGES["dropout"])
     add("--dropout", type=dropout, default=0.1, help="on the LoRA branch (default: %(default)s)")
-    add(
-        "--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: query and value)"
-    )
+    add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: recipe)")
     add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
     add("--freeze-head", action="store_true", help="leave the head at its random start: the published recipe")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=3, help="times through the data (default: %(default)s)")
+    recipes = ["auto", *RECIPES]
+    add("--recipe", choices=recipes, default="auto", help="auto: published for SST-2, own for other data")
+    add("--epochs", type=count, help="times through the data (default: the recipe's)")
     add("--max-steps", type=count, metavar="N", help="stop after N steps instead (default: off)")
     add("--batch-size", type=count, default=16, help="sentences a step (default: %(default)s)")
     add("--eval-batch-size", type=count, default=32, help="sentences, evaluation (default: %(default)s)")
-    add("--lr", type=between(float, 0, 1e3), default=2e-4, help="peak rate of AdamW (default: %(default)s)")
-    add("--warmup", type=share, default=0.06, help="share of the steps, then decay (default: %(default)s)")
+    add("--lr", type=between(float, 0, 1e3), help="peak rate of AdamW (default: the recipe's)")
+    add("--warmup", type=share, help="share of the steps, then decay (default: the recipe's, 0.06)")
     add("--weight-decay", type=between(float, 0, 1e3), default=0.01, help="of AdamW (default: %(default)s)")
     add(
         "--max-grad-norm",
@@ -1523,6 +1575,24 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argp
     return args
 
 
+def choose_recipe(args: argparse.Namespace, rows: int) -> None:
+    """Fill in the flags that were not given, by --recipe and the number of training rows, and print them."""
+    if args.recipe == "auto":
+        args.recipe = "published" if args.dataset in (GLUE[0], LOCAL_DATA) else "own"
+    recipe = dict(RECIPES[args.recipe])
+    if args.recipe == "own" and args.epochs is None:
+        if rows >= 20_000:
+            recipe["epochs"] = 1
+        if recipe["epochs"] * math.ceil(rows / args.batch_size) < LEAST_STEPS:
+            recipe["max_steps"] = LEAST_STEPS
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    targets = " ".join(args.targets or ["query and value"]).replace("all-linear", "all linear")
+    length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
+    print(f"{'recipe':12}{args.recipe}, {rows:,} rows: {targets} layers, {args.lr:.0e}, {length}")
+
+
 def check_output(args: argparse.Namespace, is_file: bool) -> None:
     """Refuse, before the training, what cannot be written or would replace what this project did not write.
 
@@ -1532,7 +1602,7 @@ def check_output(args: argparse.Namespace, is_file: bool) -> None:
     shown = visible(output)
     if is_file and output.suffix != ".pt":
         raise InputError(f"--output {shown}: give a file name that ends in .pt")
-    if output.name in ("", "..") or "\\" in output.name or not str(output).isprintable():
+    if output.name.removesuffix(".pt") in ("", ".", "..") or "\\" in output.name or not shown == str(output):
         raise InputError(f"--output {shown}: give the name of a new {'file' if is_file else 'folder'}")
     files = [replace_ending(output, ".json"), output.with_name(f"{output.name}.state")]
     folder = replace_ending(output, "") if is_file else output
@@ -1574,7 +1644,7 @@ def is_ours(path: Path) -> bool:
             return (path / "lora_peft.json").is_file()
         found = read_tensors(path)
         return "format" in found and bool({"trained", "state_dict"} & found.keys())
-    except (InputError, OSError, ValueError, AttributeError, TypeError):
+    except (InputError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -1682,10 +1752,11 @@ def run(main: Callable[[], int | None], keep_going: bool = True) -> None:
     """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - where it is closed, as with >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # for a terminal or a pipe that does not know every character
     output = Steady(sys.stdout) if keep_going else sys.stdout
-    quiet = dist.is_torchelastic_launched() and os.environ["RANK"] != "0"  # the first process speaks
+    quiet = dist.is_torchelastic_launched() and os.environ.get("RANK", "0") != "0"  # the first process speaks
     try:
         with contextlib.redirect_stdout(None if quiet else output):
             code = main()
@@ -1696,14 +1767,14 @@ def run(main: Callable[[], int | None], keep_going: bool = True) -> None:
     except BrokenPipeError:
         raise
     except InputError as error:
-        mistake = visible(error, 2000)
+        mistake = error
     except torch.OutOfMemoryError:
         mistake = "the GPU's memory is full; lower --batch-size, --eval-batch-size or --max-length"
     except MemoryError:
         mistake = "the memory is full; use less data or a lower --batch-size"
     except OSError as error:  # a folder without rights, a full disk, a current folder that is gone
         mistake = f"{error.filename or 'this machine'}: {error.strerror or reason(error)}; name another place"
-    print("error:", mistake, file=sys.stderr)
+    print("error:", visible(mistake, 2000), file=sys.stderr)
     sys.exit(2)
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends the program without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
 
 import argparse
 import contextlib
@@ -40,6 +40,7 @@ from lora_scratch import (
     GLUE,
     Base,
     InputError,
+    Parser,
     Tokens,
     between,
     check_text,
@@ -95,6 +96,8 @@ def read_texts(args: argparse.Namespace) -> Iterable[str]:
         return args.sentences
     if args.file and args.file.suffix.lower() in FORMATS:
         return [*args.sentences, *read_table(args)]
+    if not args.file and sys.stdin is None:
+        raise InputError("standard input is closed; give a sentence or a --file")
     try:
         stream = open(args.file, "rb") if args.file else sys.stdin.buffer  # noqa: SIM115 - read later
     except OSError as error:
@@ -322,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

@@ -164,7 +164,8 @@ def load(args: argparse.Namespace, plain: bool = False) -> tuple:
 
 
 def script_flags(row: Row, args: argparse.Namespace) -> list[str]:
-    flags = ["--model", str(args.folder), "--device", args.device, "--output", str(args.folder / row.name / "out.pt")]
+    flags = ["--model", str(args.folder), "--device", args.device, "--recipe", "published"]
+    flags += ["--output", str(args.folder / row.name / "out.pt")]
     return [*flags, "--threads", str(args.threads)] if args.threads else flags
 
 

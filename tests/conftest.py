@@ -54,8 +54,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def flags(base: Path, data: Path, *more: object) -> list[str]:
-    """The flags of a run in float32, which is quick on every machine, and any others."""
-    return [str(flag) for flag in ("--model", base, "--dataset", data, "--precision", "fp32", *more)]
+    """The flags of a run of the published recipe in float32, which is quick everywhere, and any others."""
+    fixed = ("--model", base, "--dataset", data, "--recipe", "published", "--precision", "fp32")
+    return [str(flag) for flag in (*fixed, *more)]
 
 
 def with_tokenizer(folder: Path, tiny_base: Path, model: nn.Module) -> Path:

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora_scratch import (
     InputError,
     TrainingState,
+    choose_recipe,
     compute_cls_only,
     count_parameters,
     data_facts,
     evaluate,
-    is_first_process,
     leave,
+    leave_group,
     load_base,
     load_tables,
     make_parser,
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     dtype = torch.float32  # whatever --precision says: what is trained is not held in 16 bits
 
     train_table, eval_table, label_names = load_tables(args)
+    choose_recipe(args, len(train_table.text))
     base = load_base(args.model, args.revision, label_names, args.max_length)
     train_set = tokenize(train_table, base.tokenizer, args.max_length)
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int | None:
     facts |= data_facts(train_set, eval_set)
     state = TrainingState(args, model, facts, dtype)
     train(model, train_set, eval_set, args, state)
-    if state.stopped or not is_first_process():
+    if not leave_group() or state.stopped:
         return leave(state)
 
     record = make_record(args, counts, dtype, state)

@@ -49,7 +49,18 @@ def train_once(script: str, settings: dict, flags: list[str], stem: Path) -> dic
     if not record.exists():
         for key, value in settings.items():
             flags = [*flags, f"--{key.replace('_', '-')}", str(value)]
-        command = [sys.executable, str(ROOT / script), *flags, "--threads", "1", "--resume", "--output", str(output)]
+        command = [
+            sys.executable,
+            str(ROOT / script),
+            "--recipe",
+            "published",
+            *flags,
+            "--threads",
+            "1",
+            "--resume",
+            "--output",
+            str(output),
+        ]
         with open(stem.with_suffix(".log"), "a", encoding="utf-8") as log:
             subprocess.run(command, stdout=log, stderr=log, check=True)
     found = json.loads(record.read_text(encoding="utf-8"))

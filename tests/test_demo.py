@@ -77,7 +77,7 @@ def test_demo_changes_defaults_that_can_still_be_given(tmp_path: Path, monkeypat
         args = parse_flags(make_parser("", output), ["--lr", "0.5", "--output", "a.pt", "--demo"])
         assert args.lr == 0.5 and args.output == Path("a.pt") and args.dataset == DEMO["dataset"]
         args = parse_flags(make_parser("", output), [])
-        assert args.output == Path(output) and args.lr == 2e-4 and args.model == DISTILBERT[0]
+        assert args.output == Path(output) and args.lr is None and args.model == DISTILBERT[0]
 
 
 @pytest.mark.parametrize("script", [lora_scratch, lora_peft])
