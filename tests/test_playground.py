@@ -375,7 +375,8 @@ def test_any_file_is_answered_or_refused(content: bytes, suffix: str, trained: P
     else:
         assert all("label" in json.loads(line) for line in output.splitlines())
         if suffix == ".txt":
-            text = content.decode("utf-8-sig", errors="replace")  # as `grep -c ''` counts lines
+            marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            text = content.decode("utf-16" if marked else "utf-8-sig", errors="replace")  # as `grep -c ''` counts lines
             assert output.count("\n") == text.count("\n") + (text != "" and not text.endswith("\n"))
 
 
