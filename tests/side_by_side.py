@@ -4,7 +4,7 @@ PEFT draws its initial tensors in another order, so equal seeds are not an equal
 lora_peft.py begins are copied into lora_scratch.py, and both seed again just before they train.
 
     python tests/side_by_side.py --model model/minilm-l6-distilbert --dataset dataset/SST-2 \\
-        --train-samples 10000 --epochs 3 --precision fp32
+        --recipe published --train-samples 10000 --epochs 3 --precision fp32
 
 writes tests/results/side_by_side.json. The flags are those of the two scripts, except --output.
 """

@@ -4,7 +4,7 @@ The textbook takes random batches and computes every token in the last layer; se
 same.
 
     python tests/textbook.py --seeds 42 43 44 --model model/minilm-l6-distilbert --dataset dataset/SST-2 \\
-        --train-samples 10000 --epochs 1 --precision fp32
+        --recipe published --train-samples 10000 --epochs 1 --precision fp32
 
 writes tests/results/textbook.json. The other flags are those of lora_scratch.py, except --seed and --output.
 """
