@@ -520,20 +520,28 @@ def tokenize(table: Table, tokenizer: Callable, max_length: int) -> Tokens:
         texts = table.text[start : start + 10_000]
         parts.append(Tokens.from_lists(tokenizer(texts, **options)["input_ids"]))
     ids, lengths = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "lengths"))
+    full = (lengths == max_length).nonzero().flatten().tolist()
+    whole = tokenizer([table.text[i] for i in full])["input_ids"] if full else []
+    cut = [len(one) for one in whole if len(one) > max_length]
+    if cut:
+        what = f"{len(cut):,} of {len(lengths):,} texts are cut at {max_length} tokens"
+        note(f"{what}; --max-length {min(max(cut), tokenizer.model_max_length)} would cut the fewest")
     return Tokens(ids, lengths, torch.tensor(table.label))
 
 
 def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
     """Training and validation sentences, and the names of their labels."""
     splits = read_splits(args)
+    if "train" in splits:
+        args.text_column, args.label_column = find_columns(args, splits["train"])
     if "train" not in splits:
         raise InputError(f"{args.dataset}: no training split; call it train.csv, .tsv, .jsonl or .parquet")
-    texts, labels = read_rows(args, "training", splits["train"])
+    texts, labels, rows = read_rows(args, "training", splits["train"])
     if "validation" in splits:
-        eval_texts, eval_labels = read_rows(args, "validation", splits["validation"])
+        eval_texts, eval_labels, _ = read_rows(args, "validation", splits["validation"])
         kept = range(len(texts))
     else:
-        kept, held = hold_out(labels, args.seed)
+        kept, held = hold_out(texts, labels, args.seed)
         what = f"a tenth of each label, {len(held)} rows, is held out by seed"
         print(f"{visible(args.dataset)} has no validation split: {what}")
         eval_texts, eval_labels = [texts[i] for i in held], [labels[i] for i in held]
@@ -547,6 +555,7 @@ def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
     labels, eval_labels = without_fractions(args, labels, eval_labels)
     class_names = splits["train"].attrs.get("names", {}).get(args.label_column)
     index, names = number_labels(args, labels, eval_labels, class_names)
+    tell_about(args, texts, labels, rows, eval_texts if "validation" in splits else [])
     train_table = Table([texts[i] for i in kept], [index[labels[i]] for i in kept])
     return train_table, Table(eval_texts, [index[label] for label in eval_labels]), names
 
@@ -736,8 +745,58 @@ def read_columns(where: str | Path, table, columns: list[str]) -> list[list]:
     return [[None if pandas.api.types.is_scalar(v) and pandas.isna(v) else v for v in one] for one in values]
 
 
-def read_rows(args: argparse.Namespace, name: str, table) -> tuple[list[str], list[str]]:
-    """The texts and labels of one split, checked row by row; blank sentences are skipped and counted."""
+TEXT_NAMES = (
+    "sentence text review comment message title content body description headline tweet query question"
+)
+LABEL_NAMES = "label labels class category sentiment intent stars rating topic target emotion"
+
+
+def find_columns(args: argparse.Namespace, table) -> tuple[str, str]:
+    """The columns of text and label: those given, the usual names, or the only ones that look like it.
+
+    Raises InputError, with a list, where two could be meant or none.
+    """
+    if args.text_column and args.label_column:
+        return args.text_column, args.label_column
+    names = [name for name in table.columns if not name.startswith("Unnamed:")]
+    text = args.text_column or choose_column(args.dataset, table, "text", names, TEXT_NAMES)
+    rest = [name for name in names if name != text]
+    label = args.label_column or choose_column(args.dataset, table, "label", rest, LABEL_NAMES)
+    values = table[label].head(2000).astype(str).tolist() if label in table.columns else []
+    guessed = not args.text_column and not args.label_column
+    if guessed and (len(text) > 40 or label in values):
+        what = f"its first row looks like data and not like names of columns: {listed(names)}"
+        raise InputError(f"{args.dataset}: {what}; put a row of names above it")
+    if (text, label) != ("sentence", "label"):
+        note(f"{args.dataset}: {text!r} is taken for the text, {label!r} for the label")
+    return text, label
+
+
+def choose_column(where: str, table, what: str, names: list[str], usual: str) -> str:
+    """The column of that kind; raises InputError where it is not clear which."""
+    found = [name for name in names if name.lower() == usual.split()[0]]
+    found = found or [name for name in names if name.lower() in usual.split()]
+    if not found:
+        found = [name for name in names if looks_like(what, table[name])]
+    if len(found) > 1:
+        remedy = f"choose with --{what}-column"
+        raise InputError(f"{where}: several columns could be the {what}: {listed(found)}; {remedy}")
+    return found[0] if found else usual.split()[0]  # which is not there: whoever reads it says so
+
+
+def looks_like(what: str, column) -> bool:
+    """Whether a column has long varied texts, or few short values that come again."""
+    values = [str(value) for value in column.head(2000).dropna().tolist() if str(value).strip()]
+    if not values:
+        return False
+    length, kinds = sum(map(len, values)) / len(values), len(set(values))
+    if what == "text":
+        return length > 20 and kinds > len(values) / 2
+    return length < 40 and 2 <= kinds <= max(2, len(values) / 3)
+
+
+def read_rows(args: argparse.Namespace, name: str, table) -> tuple[list[str], list[str], list[int]]:
+    """Texts, labels and row numbers of one split, checked; blank sentences are skipped and counted."""
     texts, labels = read_columns(args.dataset, table, [args.text_column, args.label_column])
     kept = []
     for i, text in enumerate(texts):
@@ -749,7 +808,8 @@ def read_rows(args: argparse.Namespace, name: str, table) -> tuple[list[str], li
     if len(kept) < len(texts):
         blank = len(texts) - len(kept)
         print(f"{args.dataset}: skipped {blank} blank sentences of {len(texts)} in the {name} split")
-    return [texts[i] for i in kept], as_labels(args, name, [labels[i] for i in kept], kept)
+    labels = as_labels(args, name, [labels[i] for i in kept], kept)
+    return [texts[i] for i in kept], labels, [i + 1 for i in kept]
 
 
 def check_text(where: str, column: str, text: object) -> None:
@@ -794,22 +854,55 @@ def without_fractions(args: argparse.Namespace, *splits: list[str]) -> list[list
     return [[label.partition(".")[0] for label in labels] for labels in splits]
 
 
+def tell_about(
+    args: argparse.Namespace, texts: list[str], labels: list[str], rows: list[int], eval_texts: list[str]
+) -> None:
+    """A line for each thing in the data that could surprise; silence where there is nothing to say."""
+    import pandas
+
+    table = pandas.DataFrame({"text": texts, "label": labels, "row": rows}, dtype=object)
+    again = table[table["text"].duplicated(keep=False)]
+    if len(again):
+        first = again.loc[again["text"] == again["text"].iloc[0], "row"].iloc[:2]
+        extra = len(again) - again["text"].nunique()
+        note(f"{args.dataset}: {extra:,} rows repeat the text of another, such as rows {listed(list(first))}")
+    torn = [group for _, group in again.groupby("text", sort=False) if group["label"].nunique() > 1]
+    if torn:
+        pair = torn[0].drop_duplicates("label").head(2)
+        shown = " and ".join(
+            f"{row} ({label})" for row, label in zip(pair["row"], pair["label"], strict=True)
+        )
+        note(f"{args.dataset}: {len(torn):,} texts have more than one label, such as rows {shown}")
+    seen = len(set(eval_texts) & set(texts)) if eval_texts else 0
+    if seen:
+        note(f"{args.dataset}: {seen:,} validation texts are among the training rows: the result is too good")
+    counts = table["label"].value_counts()
+    few = [f"{label} ({count})" for label, count in counts.items() if count < 10]
+    if few:
+        note(f"{args.dataset}: labels with fewer than ten rows: {listed(few, 10)}")
+
+
 def shuffled(count: int, seed: int) -> list[int]:
     """The numbers below `count` in an order that the seed decides."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def hold_out(labels: list[str], seed: int) -> tuple[list[int], list[int]]:
-    """The rows to train on and a tenth of each label's, rounded up: every label stays in training."""
-    rows_of = {}
+def hold_out(texts: list[str], labels: list[str], seed: int) -> tuple[list[int], list[int]]:
+    """The rows to train on, and those of a tenth of each label's texts, rounded up.
+
+    It is drawn by text, so that no held-out one is trained on; every label stays in training.
+    """
+    texts_of = {}
     for i in shuffled(len(labels), seed):
-        rows_of.setdefault(labels[i], []).append(i)
-    held = []
-    for rows in rows_of.values():
-        if len(rows) > 1:
-            held += rows[: math.ceil(len(rows) / 10)]
-    held = sorted(held or shuffled(len(labels), seed)[:1])
-    return sorted(set(range(len(labels))) - set(held)), held
+        texts_of.setdefault(labels[i], {})[texts[i]] = True  # a set that keeps its order
+    drawn = set()
+    for own in texts_of.values():
+        if len(own) > 1:
+            drawn.update(list(own)[: math.ceil(len(own) / 10)])
+    held = {i for i, text in enumerate(texts) if text in drawn}
+    if not held:  # a text a label: there is nothing to draw by but rows
+        held = set(shuffled(len(labels), seed)[: math.ceil(len(labels) / 10)])
+    return [i for i in range(len(texts)) if i not in held], sorted(held)
 
 
 def number_labels(
@@ -1399,7 +1492,33 @@ def write_record(
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
     print(label_report(confusion, label_names))
-    print(f"accuracy {result['accuracy']:.2f} %")
+    print(in_words(confusion, label_names))
+
+
+def in_words(confusion: Tensor, label_names: list[str]) -> str:
+    """Accuracy and macro-F1, how sure the first is, and what the commonest label alone would get."""
+    right, total = int(confusion.trace()), int(confusion.sum())
+    low, high = wilson_interval(right, total)
+    most, commonest = (int(x) for x in confusion.sum(dim=1).max(dim=0))
+    f1 = (200 * confusion.diagonal() / (confusion.sum(dim=0) + confusion.sum(dim=1))).nan_to_num().mean()
+    lines = [
+        f"macro-F1 {f1:.1f} %; always {visible(label_names[commonest], 40)!r}: {100 * most / total:.2f} %"
+    ]
+    one_answer = int((confusion.sum(dim=0) > 0).sum()) == 1
+    if one_answer or right <= most:
+        what = "it answers one label every time" if one_answer else "it is no better than the commonest label"
+        lines.append(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
+    interval = f"95 % between {100 * low:.0f} and {100 * high:.0f}"
+    lines.append(f"accuracy {100 * right / total:.2f} % ({right}/{total}), {interval}")
+    return "\n".join(lines)
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Where the true share lies with 95 % confidence (Wilson, 1927), also near 0 and 1."""
+    z = 1.959964  # of the normal distribution
+    middle = (right + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(right * (total - right) / total + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def label_report(confusion: Tensor, label_names: list[str]) -> str:
@@ -1496,8 +1615,11 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     default = f"(default: {LOCAL_DATA} if there, else {GLUE[0]})"
     add("--dataset", help=f"file, folder or Hub name {default}")
     add("--dataset-config", help=f"configuration of a Hub data set (default for {GLUE[0]}: {GLUE[1]})")
-    add("--text-column", default="sentence", help="column with the text (default: %(default)s)")
-    add("--label-column", default="label", help="column with the label (default: %(default)s)")
+    add(
+        "--text-column",
+        help="column with the text (default: sentence, text, review, ... or the one of long texts)",
+    )
+    add("--label-column", help="column with the label (default: label, class, ... or the one of few values)")
     add("--label-names", nargs="+", metavar="NAME", help="names for integer labels, in their order")
     add("--train-samples", type=count, metavar="N", help="train on N random sentences (default: all)")
     add(

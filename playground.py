@@ -38,12 +38,14 @@ from tqdm import tqdm
 from lora_scratch import (
     FORMATS,
     GLUE,
+    TEXT_NAMES,
     Base,
     InputError,
     Parser,
     Tokens,
     between,
     check_text,
+    choose_column,
     choose_device,
     is_blank,
     listed,
@@ -135,9 +137,12 @@ def read_table(args: argparse.Namespace, *more: str) -> list:
     """The texts of a table, or these and the values of more columns."""
     if args.file.suffix.lower() not in FORMATS:
         raise InputError(f"--file {args.file}: give a table that ends in {listed(FORMATS)}")
-    texts, *others = read_columns(args.file, read_file(args.file), [args.text_column, *more])
+    table = read_file(args.file)
+    names = [name for name in table.columns if name not in more]
+    column = args.text_column or choose_column(str(args.file), table, "text", names, TEXT_NAMES)
+    texts, *others = read_columns(args.file, table, [column, *more])
     for i, text in enumerate(texts, start=1):
-        check_text(f"{args.file}: row {i}", args.text_column, text)
+        check_text(f"{args.file}: row {i}", column, text)
     texts = [text or "" for text in texts]
     return [texts, *others] if more else texts
 
@@ -334,7 +339,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, action="append", metavar="PATH", help=help)
     add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
-    add("--text-column", default="sentence", help="of a table (default: %(default)s)")
+    add("--text-column", help="of a table (default: sentence, text, review, ... or the one of long texts)")
     batch_size = between(int, 1, 10**6)
     add("--batch-size", type=batch_size, default=32, help="sentences at a time (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")

@@ -59,6 +59,11 @@ def flags(base: Path, data: Path, *more: object) -> list[str]:
     return [str(flag) for flag in (*fixed, *more)]
 
 
+def without_notes(said: str) -> str:
+    """What stood on standard error besides notes about the data: small tables give rise to them."""
+    return "".join(line for line in said.splitlines(keepends=True) if not line.startswith("note: "))
+
+
 def with_tokenizer(folder: Path, tiny_base: Path, model: nn.Module) -> Path:
     """Save a tiny model of another architecture with the tiny tokenizer beside it."""
     model.save_pretrained(folder)

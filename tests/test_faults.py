@@ -17,7 +17,7 @@ import pandas
 import pyarrow
 import pytest
 import torch
-from conftest import SENTENCES, Run, flags, with_tokenizer
+from conftest import SENTENCES, Run, flags, with_tokenizer, without_notes
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -110,7 +110,7 @@ def rewrite(path: Path, change: Callable[[dict], object]) -> None:
     ],
 )
 def test_the_record_never_replaces_the_data(data: str, output: str, tiny_base: Path, tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"sentence": f"film {i}", "label": i % 2}) + "\n" for i in range(20))
+    rows = json.dumps([{"sentence": f"film {i}", "label": i % 2} for i in range(20)])
     write(tmp_path / "reviews.json", rows)
     write(tmp_path / "data" / "train.json", rows)
     (tmp_path / "link").symlink_to(tmp_path)
@@ -359,7 +359,7 @@ def test_a_training_outlives_its_terminal(tiny_base: Path, tiny_data: Path, tmp_
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stderr == "" and done.stdout.splitlines() == ["full 0", "closed 0", "head 0"]
     for name in ("full", "closed", "head"):
-        assert (tmp_path / f"{name}.err").read_text() == ""
+        assert without_notes((tmp_path / f"{name}.err").read_text()) == ""
         assert load_checkpoint(tmp_path / f"{name}.pt")[1]["record"]["epochs"]
 
 
@@ -632,7 +632,7 @@ for field in ("settings", "trained", "optimizer", "scaler", "losses", "epochs", 
 
 @pytest.fixture(scope="module")
 def stopped(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command of a run that Ctrl-C stopped after its second step."""
+    """The command of a run that was stopped after its second step."""
     output = tmp_path_factory.mktemp("stopped") / "a.pt"
     arguments = flags(tiny_base, tiny_data, "--max-steps", 4, "--output", output)
     with pytest.MonkeyPatch.context() as patch:
@@ -641,11 +641,11 @@ def stopped(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
         def interrupt(*args):
             calls.append(1)
             if len(calls) == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
             return collate(*args)
 
         patch.setattr(lora_scratch, "collate", interrupt)
-        assert lora_scratch.main(arguments) == 130
+        assert lora_scratch.main(arguments) == 143
     assert len(torch.load(f"{output}.state", weights_only=True)["losses"]) == 2
     return arguments
 
@@ -735,7 +735,8 @@ def test_a_validation_file_has_any_of_its_usual_names(name: str, tmp_path: Path,
     write(tmp_path / name, CSV + "c,1\n")
     write(tmp_path / "test.csv", "of another kind")
     train_set, eval_set, _ = load(tmp_path)
-    assert train_set.text == ["a", "b"] and eval_set.text == ["c"] and capfd.readouterr() == ("", "")
+    assert train_set.text == ["a", "b"] and eval_set.text == ["c"]
+    assert "not used" not in capfd.readouterr().err
 
 
 def test_parts_are_read_in_their_order_and_a_file_that_is_not_is_named(
@@ -749,10 +750,14 @@ def test_parts_are_read_in_their_order_and_a_file_that_is_not_is_named(
     train_set, eval_set, _ = load(tmp_path, "--train-samples", "27")
     assert {*train_set.text, *eval_set.text} == set(texts)
     note = f"note: {tmp_path}: not used: evaluation.csv\n"
-    assert capfd.readouterr().err == note
+    assert note in capfd.readouterr().err
     frame.to_parquet(tmp_path / "val-00000-of-00001.parquet")
     train_set, eval_set, _ = load(tmp_path)
-    assert train_set.text == texts and eval_set.text == texts[10:20] and capfd.readouterr().err == note
+    assert train_set.text == texts and eval_set.text == texts[10:20]
+    assert (
+        capfd.readouterr().err
+        == f"{note}note: {tmp_path}: 10 validation texts are among the training rows: the result is too good\n"
+    )
 
 
 def test_a_carriage_return_in_a_tsv_file_is_text(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -781,17 +786,14 @@ def test_a_pandas_index_changes_no_row(trained: Path, tmp_path: Path, capfd: pyt
     """Parquet keeps the index of a table that was filtered or shuffled."""
     frame = pandas.DataFrame({"sentence": [f"film {i}" for i in range(20)], "label": [0, 1] * 10})
     for changed in (frame[frame.index % 3 > 0], frame.sample(frac=1, random_state=1), frame.set_index("label")):
-        if changed.index.name:
-            changed = changed.assign(label=changed.index)
-            changed.index = pandas.Index(range(100, 120), name="row")
         assert list(changed.index) != list(range(len(changed)))
         for name in ("train", "dev"):
             changed.to_parquet(tmp_path / f"{name}.parquet")
         train_set, eval_set, names = load(tmp_path)
         assert train_set.text == eval_set.text == list(changed["sentence"])
-        assert train_set.label == list(changed["label"]) and names == ["0", "1"]
+        assert train_set.label == list(changed.reset_index()["label"]) and names == ["0", "1"]
         answers = ask(capfd, "--model", trained, "--file", tmp_path / "train.parquet")
-        assert [answer["text"] for answer in answers] == list(changed["sentence"])
+        assert [answer["text"] for answer in answers] == train_set.text
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -847,7 +849,7 @@ def test_a_table_without_names_is_refused_with_the_remedy(tmp_path: Path, capfd:
     for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
         path = write(tmp_path / name, "".join(f"film {i}{separator}{i % 2}\n" for i in range(9)))
         line = error_line(lambda path=path: load(path), capfd)
-        assert "no column 'sentence' but film 0, 0" in line and "whether the first row holds the names" in line
+        assert "its first row looks like data" in line and "film 0, 0; put a row of names above it" in line
 
 
 # --- Messages

@@ -266,8 +266,8 @@ def test_every_kind_of_file_is_read(name: str, content: str, here: Path, tmp_pat
 
 
 def test_a_table_without_the_column_or_with_no_text_in_it_is_refused(here: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.csv").write_text("id,review\n1,good\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"r\.csv: no column 'sentence' but id, review; see --text-column"):
+    (tmp_path / "r.csv").write_text("id,remark\n1,good\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"r\.csv: no column 'sentence' but id, remark; see --text-column"):
         ask("--model", SCRATCH, "--file", tmp_path / "r.csv")
     (tmp_path / "r.jsonl").write_text('{"sentence": 5}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"r\.jsonl: row 1: 'sentence' is not text but 5"):
