@@ -926,8 +926,8 @@ def number_labels(
     if unknown:
         what = f"label {visible(repr(unknown[0]), 60)} of a row is not one of the training labels"
         raise InputError(f"{args.dataset}: {what} {listed(known)}")
-    long = [label for label in class_names or known if len(label) > LONGEST_NAME]
-    if long or len(set(class_names or known)) < len(class_names or known):
+    own = class_names or known
+    if max(map(len, [*own, *(args.label_names or [])])) > LONGEST_NAME or len(set(own)) < len(own):
         what = f"labels of over {LONGEST_NAME} characters, or two of one name"
         raise InputError(f"{args.dataset}: {what}; is it the right --label-column?")
     names = args.label_names
@@ -1129,6 +1129,10 @@ def data_facts(train_set: Tokens, eval_set: Tokens) -> dict[str, str]:
     return facts
 
 
+EPOCH_KEYS = ("epoch", "steps", "train_loss", "eval_loss", "accuracy", "correct", "total", "seconds")
+EPOCH_KEYS += ("sentences_per_second",)
+
+
 class TrainingState:
     """The course of a training, and what --resume needs of it in a file beside the output.
 
@@ -1209,7 +1213,13 @@ class TrainingState:
             raise ValueError("the optimiser knows other parameters")
         for i, parameter in enumerate(self.trained.values()):
             moments = dict.fromkeys(["exp_avg", "exp_avg_sq"], parameter.detach().cpu())
-            check_tensors(self.path, optimizer["state"][i], moments | {"step": torch.tensor(float(steps))})
+            found = optimizer["state"][i]
+            check_tensors(self.path, found, moments | {"step": torch.tensor(float(steps))})
+            skipped = steps - found["step"].item()  # by float16's scaler alone
+            if (found["exp_avg_sq"] < 0).any() or not 0 <= skipped <= steps * self.parts[
+                "scaler"
+            ].is_enabled():
+                raise ValueError("the optimiser is of another step")
         (group,) = optimizer["param_groups"]
         (now,) = self.parts["optimizer"].state_dict()["param_groups"]
         rate = now["initial_lr"] * self.scheduler.lr_lambdas[0](steps)
@@ -1218,9 +1228,12 @@ class TrainingState:
         finished = steps == len(self.losses) and steps % self.steps_per_epoch > 0
         if len(state["epochs"]) != steps // self.steps_per_epoch + finished:
             raise ValueError("its epochs are not those of its steps")
-        for epoch in state["epochs"]:
-            if not all(isinstance(value, (int, float)) for value in epoch.values()):
+        for number, epoch in enumerate(state["epochs"], start=1):
+            values = [epoch[key] for key in EPOCH_KEYS]
+            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
                 raise ValueError("its epochs are no records")
+            if epoch["epoch"] != number or len(epoch) != len(EPOCH_KEYS):
+                raise ValueError("its epochs are others")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps; weights that are not finite are never written."""
@@ -1701,7 +1714,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argp
 def choose_recipe(args: argparse.Namespace, rows: int) -> None:
     """Fill in the flags that were not given, by --recipe and the number of training rows, and print them."""
     if args.recipe == "auto":
-        args.recipe = "published" if args.dataset in (GLUE[0], LOCAL_DATA) else "own"
+        is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL_DATA).resolve()
+        args.recipe = "published" if is_sst2 else "own"
     recipe = dict(RECIPES[args.recipe])
     if args.recipe == "own" and args.epochs is None:
         if rows >= 20_000:
@@ -1725,7 +1739,11 @@ def check_output(args: argparse.Namespace, is_file: bool) -> None:
     shown = visible(output)
     if is_file and output.suffix != ".pt":
         raise InputError(f"--output {shown}: give a file name that ends in .pt")
-    if output.name.removesuffix(".pt") in ("", ".", "..") or "\\" in output.name or not shown == str(output):
+    if (
+        output.name.removesuffix(".pt") in ("", ".", "..")
+        or "\\" in output.name
+        or not str(output).isprintable()
+    ):
         raise InputError(f"--output {shown}: give the name of a new {'file' if is_file else 'folder'}")
     files = [replace_ending(output, ".json"), output.with_name(f"{output.name}.state")]
     folder = replace_ending(output, "") if is_file else output

@@ -831,6 +831,15 @@ def test_whole_numbers_may_be_floats_and_texts_may_be_missing(tmp_path: Path, ca
     assert train_set.text == ["a", "b"] and train_set.label == eval_set.label == [1, 0] and names == ["0", "1"]
 
 
+def test_a_missing_number_makes_no_fraction_of_the_others(tmp_path: Path) -> None:
+    """As pandas does, to whom 2^53 and the next number are then the same."""
+    columns = {"sentence": ["a", "b", None], "label": pyarrow.array([2**53 + 1, 2**53, None], pyarrow.int64())}
+    for name in ("train", "dev"):
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    train_set, _, names = load(tmp_path)
+    assert train_set.label == [1, 0] and names == [str(2**53), str(2**53 + 1)]
+
+
 def test_scores_are_no_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", CSV + "".join(f"film {i},{i % 4 / 2}\n" for i in range(20)))
     with pytest.raises(InputError, match=r"4 different numbers in 'label', 0\.5 among them; labels are whole"):
