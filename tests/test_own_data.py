@@ -1,0 +1,175 @@
+"""A user's own table: the recipe that follows it, what is told about it, the columns found, the result's interval."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, flags
+
+import lora_peft
+import lora_scratch
+from lora_scratch import InputError, choose_recipe, in_words, load_tables, make_parser, wilson_interval
+
+
+def arguments(*more: object):
+    return make_parser("", "a.pt").parse_args([str(flag) for flag in more])
+
+
+def write(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def told(path: Path, capsys: pytest.CaptureFixture, *more: str) -> list[str]:
+    """The notes about a table."""
+    load_tables(arguments("--dataset", path, *more))
+    return [line.removeprefix(f"note: {path}: ") for line in capsys.readouterr().err.splitlines()]
+
+
+# --- The recipe
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "expected"),
+    [
+        (["--dataset", "mine.csv"], 100, (["all-linear"], 1e-3, None, 400)),
+        (["--dataset", "mine.csv"], 2200, (["all-linear"], 1e-3, 3, None)),
+        (["--dataset", "mine.csv"], 20_000, (["all-linear"], 1e-3, 1, None)),
+        (["--dataset", "nyu-mll/glue"], 67_349, (None, 2e-4, 3, None)),
+        (["--dataset", "./dataset/../dataset/glue_sst2_local"], 67_349, (None, 2e-4, 3, None)),
+        (["--dataset", "mine.csv", "--recipe", "published"], 100, (None, 2e-4, 3, None)),
+        (["--dataset", "mine.csv", "--epochs", "2", "--lr", "0.1"], 100, (["all-linear"], 0.1, 2, None)),
+        (["--dataset", "mine.csv", "--max-steps", "7", "--targets", "q_lin"], 100, (["q_lin"], 1e-3, None, 7)),
+    ],
+)
+def test_the_recipe_follows_the_data_and_every_flag_overrides_it(more: list, rows: int, expected: tuple) -> None:
+    args = arguments(*more)
+    choose_recipe(args, rows)
+    targets, lr, epochs, max_steps = expected
+    assert (args.targets, args.lr, args.max_steps) == (targets, lr, max_steps) and args.warmup == 0.06
+    assert epochs is None or args.epochs == epochs
+
+
+@pytest.mark.parametrize("script", [lora_scratch, lora_peft])
+def test_both_scripts_tell_and_keep_the_recipe(
+    script, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = write(tmp_path / "a.csv", "sentence,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(40)))
+    output = tmp_path / ("a.pt" if script is lora_scratch else "a")
+    flags = ["--model", tiny_base, "--dataset", data, "--precision", "fp32", "--max-steps", 3, "--output", output]
+    script.main([str(flag) for flag in flags])
+    assert "recipe      own, 36 rows: all linear layers, 1e-03, 3 steps\n" in capsys.readouterr().out
+    settings = lora_scratch.json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
+    assert settings["recipe"] == "own" and settings["lr"] == 1e-3 and settings["targets"] == ["all-linear"]
+
+
+# --- What the data tells
+
+
+def test_nothing_is_told_where_there_is_nothing_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "a.csv", "sentence,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(40)))
+    assert told(path, capsys) == []
+
+
+def test_repeats_contradictions_leaks_and_rare_labels_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [f"film {i},{i % 2}\n" for i in range(40)]
+    rows[10:10] = ["film 3,1\n", "film 4,1\n", "odd,2\n"]  # rows 11 to 13
+    write(tmp_path / "train.csv", "sentence,label\n" + "".join(rows))
+    write(tmp_path / "dev.csv", "sentence,label\nfilm 7,1\nanother,0\n")
+    assert told(tmp_path, capsys) == [
+        "2 rows repeat the text of another, such as rows 4, 11",
+        "1 texts have more than one label, such as rows 5 (0) and 12 (1)",
+        "1 validation texts are among the training rows: the result is too good",
+        "labels with fewer than ten rows: 2 (1)",
+    ]
+
+
+def test_no_held_out_text_is_trained_on(tmp_path: Path) -> None:
+    rows = "".join(f"film {i % 25},{i % 5}\n" for i in range(200))
+    train, held, _ = load_tables(arguments("--dataset", write(tmp_path / "a.csv", f"sentence,label\n{rows}")))
+    assert not set(train.text) & set(held.text) and set(train.label) == {0, 1, 2, 3, 4}
+    assert len(train.text) + len(held.text) == 200 and len(set(held.text)) == 5
+
+
+def test_a_cut_text_is_told_with_the_length_that_cuts_none(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    texts = ["film " * 30, "film " * 9, *(f"a film {i}" for i in range(30))]
+    write(tmp_path / "a.csv", "sentence,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
+    Run(tiny_base, tmp_path / "a.csv", tmp_path / "a.pt", "--max-steps", "1", "--max-length", "20", "--seed", "1")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cut at" in line]
+    assert lines and all("1 of " in line and "--max-length 32" in line for line in lines)
+
+
+# --- Columns
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "expected"),
+    [
+        ("review,stars", "a film about {i} and more,{l}", ("review", "stars")),
+        ("Category,Message", "{l},a film about {i} and more", ("Message", "Category")),
+        ("id,v1,v2,", "{i},{l},a film about {i} and more,", ("v2", "v1")),
+        ("sentence,label,title", "film {i},{l},a film about {i} and more", ("sentence", "label")),
+    ],
+)
+def test_columns_are_found(header: str, row: str, expected: tuple, tmp_path: Path, capsys) -> None:
+    rows = "".join(row.format(i=i, l=i % 2) + "\n" for i in range(40))
+    args = arguments("--dataset", write(tmp_path / "a.csv", f"{header}\n{rows}"))
+    train, _, names = load_tables(args)
+    assert (args.text_column, args.label_column) == expected and names == ["0", "1"] and len(train.text) == 36
+    said = f"{expected[0]!r} is taken for the text, {expected[1]!r} for the label" in capsys.readouterr().err
+    assert said is (expected != ("sentence", "label"))
+
+
+def test_two_columns_that_could_be_meant_are_listed(tmp_path: Path) -> None:
+    rows = "".join(f"a film about {i} and more,so {i} it is and ever was,{i % 2}\n" for i in range(40))
+    with pytest.raises(InputError, match="several columns could be the text: title, body; choose with --text-column"):
+        load_tables(arguments("--dataset", write(tmp_path / "a.csv", f"title,body,label\n{rows}")))
+
+
+# --- What a result says
+
+
+@pytest.mark.parametrize("total", [20, 39, 872])
+def test_the_interval_holds_the_true_share_in_95_of_100_samples(total: int) -> None:
+    """The exact chance, by the binomial distribution, at a hundred true shares."""
+    covered = []
+    for share in (torch.arange(1, 101) / 101).tolist():
+        chance = 0.0
+        for right in range(total + 1):
+            low, high = wilson_interval(right, total)
+            if low <= share <= high:
+                log = math.lgamma(total + 1) - math.lgamma(right + 1) - math.lgamma(total - right + 1)
+                chance += math.exp(log + right * math.log(share) + (total - right) * math.log(1 - share))
+        covered.append(chance)
+    assert 0.945 < sum(covered) / len(covered) < 0.965 and min(covered) > 0.83
+
+
+def test_an_interval_by_hand() -> None:
+    assert wilson_interval(37, 39) == pytest.approx((0.8311, 0.9858), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == 1
+
+
+def test_a_result_says_what_it_is_worth() -> None:
+    lines = in_words(torch.tensor([[30, 1], [2, 6]]), ["no", "yes"]).splitlines()
+    assert lines == [
+        "macro-F1 87.6 %; always 'no': 79.49 %",
+        "accuracy 92.31 % (36/39), 95 % between 80 and 97",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "why"),
+    [([[30, 0], [9, 0]], "it answers one label every time"), ([[25, 5], [5, 4]], "no better than the commonest label")],
+)
+def test_a_run_that_learnt_nothing_says_so(matrix: list, why: str) -> None:
+    line = in_words(torch.tensor(matrix), ["no", "yes"]).splitlines()[-2]
+    assert line.startswith("nothing is learnt yet: ") and why in line and "--max-steps" in line
+
+
+def test_a_run_ends_with_its_interval(tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
+    lora_scratch.main(flags(tiny_base, tiny_data, "--max-steps", 1, "--output", tmp_path / "a.pt"))
+    assert ", 95 % between " in capsys.readouterr().out.splitlines()[-2]
