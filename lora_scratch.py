@@ -1577,8 +1577,7 @@ def replace_ending(output: Path, ending: str) -> Path:
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # name, configuration, revision
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
-DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo", "recipe": "published"}
-DEMO |= {"lr": 2e-3, "epochs": 4}
+DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
 RECIPES = {  # what becomes of the flags that are not given; measured in tests/results/README.md
     "published": {"lr": 2e-4, "epochs": 3, "warmup": 0.06},  # query and value
     "own": {"targets": ["all-linear"], "lr": 1e-3, "epochs": 3, "warmup": 0.06},
