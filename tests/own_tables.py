@@ -162,6 +162,22 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def short_table(record: dict) -> str:
+    """Set by size: the mean of lora_scratch.py's seeds, and in brackets the best of the other ways."""
+    sizes = sorted({int(key.split()[1]) for key in record["cells"]})
+    lines = [f"| set | {' | '.join(f'{size:,} rows' for size in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+    for name in sorted({key.split()[0] for key in record["cells"]}):
+        measure, shown = "macro_f1" if name in record["uneven"] else "accuracy", []
+        for size in sizes:
+            cell = record["cells"][f"{name} {size}"]
+            means = {way: statistics.mean(run[measure] for run in runs) for way, runs in cell.items()}
+            ours = means.pop("lora")
+            best = max(means, key=means.get)
+            shown.append(f"**{ours:.1f}** ({means[best]:.1f} {best})")
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
