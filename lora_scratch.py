@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int | None:
     device, dtype = prepare_machine(args)
 
     train_table, eval_table, label_names = load_tables(args)
-    choose_recipe(args, len(train_table.text))  # learning rate, steps and targets follow the data
+    choose_recipe(args, len(train_table.text), len(label_names))  # rate, steps, targets follow the data
     base = load_base(args.model, args.revision, label_names, args.max_length)
     train_set = tokenize(train_table, base.tokenizer, args.max_length)
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
@@ -1583,6 +1583,7 @@ RECIPES = {  # what becomes of the flags that are not given; measured in tests/r
     "own": {"targets": ["all-linear"], "lr": 1e-3, "epochs": 3, "warmup": 0.06},
 }
 LEAST_STEPS = 400  # of "own": fewer rows are seen more often
+MANY_LABELS = 20  # of "own": from there on the head has more to learn, and the rate is doubled
 WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
 
 
@@ -1710,12 +1711,14 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argp
     return args
 
 
-def choose_recipe(args: argparse.Namespace, rows: int) -> None:
-    """Fill in the flags that were not given, by --recipe and the number of training rows, and print them."""
+def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> None:
+    """Fill in the flags that were not given, by --recipe and the size of the data, and print them."""
     if args.recipe == "auto":
         is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL_DATA).resolve()
         args.recipe = "published" if is_sst2 else "own"
     recipe = dict(RECIPES[args.recipe])
+    if args.recipe == "own" and labels >= MANY_LABELS:
+        recipe["lr"] *= 2
     if args.recipe == "own" and args.epochs is None:
         if rows >= 20_000:
             recipe["epochs"] = 1
@@ -1726,7 +1729,8 @@ def choose_recipe(args: argparse.Namespace, rows: int) -> None:
             setattr(args, key, value)
     targets = " ".join(args.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
-    print(f"{'recipe':12}{args.recipe}, {rows:,} rows: {targets} layers, {args.lr:.0e}, {length}")
+    size = f"{rows:,} rows, {labels:,} labels"
+    print(f"{'recipe':12}{args.recipe}, {size}: {targets} layers, {args.lr:g}, {length}")
 
 
 def check_output(args: argparse.Namespace, is_file: bool) -> None:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     dtype = torch.float32  # whatever --precision says: what is trained is not held in 16 bits
 
     train_table, eval_table, label_names = load_tables(args)
-    choose_recipe(args, len(train_table.text))
+    choose_recipe(args, len(train_table.text), len(label_names))
     base = load_base(args.model, args.revision, label_names, args.max_length)
     train_set = tokenize(train_table, base.tokenizer, args.max_length)
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)

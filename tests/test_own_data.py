@@ -46,10 +46,20 @@ def told(path: Path, capsys: pytest.CaptureFixture, *more: str) -> list[str]:
 )
 def test_the_recipe_follows_the_data_and_every_flag_overrides_it(more: list, rows: int, expected: tuple) -> None:
     args = arguments(*more)
-    choose_recipe(args, rows)
+    choose_recipe(args, rows, 2)
     targets, lr, epochs, max_steps = expected
     assert (args.targets, args.lr, args.max_steps) == (targets, lr, max_steps) and args.warmup == 0.06
     assert epochs is None or args.epochs == epochs
+
+
+@pytest.mark.parametrize(("labels", "rate"), [(19, 1e-3), (20, 2e-3), (77, 2e-3)])
+def test_many_labels_double_the_rate(labels: int, rate: float) -> None:
+    args = arguments("--dataset", "mine.csv")
+    choose_recipe(args, 1000, labels)
+    assert args.lr == rate
+    args = arguments("--dataset", "mine.csv", "--lr", "0.1")
+    choose_recipe(args, 1000, labels)
+    assert args.lr == 0.1
 
 
 @pytest.mark.parametrize("script", [lora_scratch, lora_peft])
@@ -60,7 +70,7 @@ def test_both_scripts_tell_and_keep_the_recipe(
     output = tmp_path / ("a.pt" if script is lora_scratch else "a")
     flags = ["--model", tiny_base, "--dataset", data, "--precision", "fp32", "--max-steps", 3, "--output", output]
     script.main([str(flag) for flag in flags])
-    assert "recipe      own, 36 rows: all linear layers, 1e-03, 3 steps\n" in capsys.readouterr().out
+    assert "recipe      own, 36 rows, 2 labels: all linear layers, 0.001, 3 steps\n" in capsys.readouterr().out
     settings = lora_scratch.json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
     assert settings["recipe"] == "own" and settings["lr"] == 1e-3 and settings["targets"] == ["all-linear"]
 
