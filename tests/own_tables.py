@@ -148,7 +148,7 @@ def run_one(args: argparse.Namespace) -> None:
 
 def table(record: dict) -> str:
     """The README's table: mean and spread of the seeds; macro-F1 where the labels are uneven."""
-    ways = [way for way in WAYS if any(way in cell for cell in record["cells"].values())]
+    ways = [way for way in WAYS if all(cell.get(way) for cell in record["cells"].values())]
     lines = [f"| set | rows | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
     for key, cell in record["cells"].items():
         name, rows = key.split()
@@ -170,7 +170,7 @@ def short_table(record: dict) -> str:
         measure, shown = "macro_f1" if name in record["uneven"] else "accuracy", []
         for size in sizes:
             cell = record["cells"][f"{name} {size}"]
-            means = {way: statistics.mean(run[measure] for run in runs) for way, runs in cell.items()}
+            means = {way: statistics.mean(run[measure] for run in runs) for way, runs in cell.items() if runs}
             ours = means.pop("lora")
             best = max(means, key=means.get)
             shown.append(f"**{ours:.1f}** ({means[best]:.1f} {best})")
@@ -218,10 +218,11 @@ def main() -> None:
         found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if found.returncode:
             sys.exit(f"{' '.join(command)}\n{found.stderr[-2000:]}")
-        done.append({"seed": seed, **json.loads(found.stdout.splitlines()[-1])})
+        result = {"seed": seed, **json.loads(found.stdout.splitlines()[-1])}
+        done.append(result)
         done.sort(key=lambda one: one["seed"])
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(key, way, done[-1], flush=True)
+        print(key, way, result, flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         cells = [(n, r, w, s) for w in args.ways for r in args.rows for n in sets for s in WAYS[w]]
