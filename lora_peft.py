@@ -47,6 +47,7 @@ from lora_scratch import (
     Table,
     TrainingState,
     adapter_facts,
+    calibrate,
     cast_base,
     check_facts,
     check_output,
@@ -176,7 +177,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if not leave_group() or state.stopped:
         return leave(state)
 
-    record = make_record(args, counts, dtype, state)
+    temperature = calibrate(model, eval_set, args)
+    record = make_record(args, counts, dtype, state) | {"temperature": temperature}
     record["versions"]["peft"] = peft.__version__
     save_adapter(args.output, model, base, facts | {"record": record})
     reloaded, _ = load_adapter(args.output)
@@ -216,16 +218,19 @@ def sha256_of(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
-def load_adapter(folder: str | Path, base_name: str | None = None, merge: bool = False) -> tuple[Base, dict]:
+def load_adapter(
+    folder: str | Path, base_name: str | None = None, merge: bool = False, load=load_base
+) -> tuple[Base, dict]:
     """Rebuild a trained model in float32, on the CPU, from an adapter folder of this script and its base.
 
     The model of the returned Base is a PeftModel, or the plain merged model where `merge`. `base_name`
-    says where the base lies when the folder's own name for it does not. Raises InputError for a folder
+    says where the base lies when the folder's own name for it does not, and `load` how to get it; a base
+    that others share must not be merged, which writes into it. Raises InputError for a folder
     that is no adapter, for tensors missing, left over, misshapen or not finite, and for another base.
     """
     folder = Path(folder)
     facts, config, tensors = read_adapter(folder)
-    base = load_trained_base(folder, facts, base_name)
+    base = load_trained_base(folder, facts, base_name, load)
     wanted = make_config(base, facts, getattr(config, "use_dora", None) is True)
     check_config(folder, config.to_dict(), wanted.to_dict())
     try:

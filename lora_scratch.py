@@ -200,9 +200,7 @@ def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
 def evaluate(model: nn.Module, sentences: Tokens, batch_size: int) -> tuple[float, Tensor]:
     """Mean cross-entropy (nats), and how often each label (row) was answered with each (column)."""
     logits = predict(model, sentences, batch_size)
-    pairs = (sentences.labels, logits.argmax(dim=1))
-    confusion = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.long)
-    confusion.index_put_(pairs, torch.ones_like(sentences.labels), accumulate=True)
+    confusion = count_pairs(sentences.labels, logits.argmax(dim=1), logits.shape[1])
     return F.cross_entropy(logits, sentences.labels).item(), confusion
 
 
@@ -262,7 +260,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if not leave_group() or state.stopped:  # several processes part here, and the first one saves
         return leave(state)
 
-    record = make_record(args, counts, dtype, state)
+    temperature = calibrate(model, eval_set, args)  # its percentages are to mean something
+    record = make_record(args, counts, dtype, state) | {"temperature": temperature}
     tensors = tensors_to_save(model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, facts | {"record": record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
@@ -421,11 +420,11 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str]) -> dict:
     }
 
 
-def load_trained_base(path: str | Path, facts: dict, base_name: str | None) -> Base:
+def load_trained_base(path: str | Path, facts: dict, base_name: str | None, load=load_base) -> Base:
     """The base model that a checkpoint's facts name, or `base_name`: refused unless it is the same."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
-    base = load_base(name, revision, facts["label_names"], facts["max_length"])
+    base = load(name, revision, facts["label_names"], facts["max_length"])
     then, now = facts["fingerprint"], base.identity["fingerprint"]
     if now != then:
         what = f"trained on {facts['base']!r} ({then[:12]}), but {name!r} is another base ({now[:12]})"
@@ -552,7 +551,7 @@ def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
         raise InputError(
             f"{args.dataset}: one sentence is too few to hold a tenth out; give a validation split"
         )
-    labels, eval_labels = without_fractions(args, labels, eval_labels)
+    labels, eval_labels = without_fractions(args.dataset, args.label_column, labels, eval_labels)
     class_names = splits["train"].attrs.get("names", {}).get(args.label_column)
     index, names = number_labels(args, labels, eval_labels, class_names)
     tell_about(args, texts, labels, rows, eval_texts if "validation" in splits else [])
@@ -673,6 +672,11 @@ def read_csv(path: Path):
         options["sep"] = ";" if ";" in header else "\t"
         note(f"{path}: its columns are separated by {'semicolons' if ';' in header else 'tabs'}")
     table = pandas.read_csv(path, **options)
+    names = pandas.read_csv(path, header=None, nrows=1, **options).iloc[0]
+    table.attrs["header"] = [name.removesuffix("\r") for name in names]  # pandas changes empty and equal ones
+    table.attrs["sep"] = "," if is_tsv else options.get("sep", ",")
+    with open(path, "rb") as file:
+        table.attrs["marked"] = file.read(2) in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")  # Excel looks for it
     if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first column for row names
         raise ValueError("its rows have more fields than its header has names")
     if is_tsv and header.endswith("\r\n"):
@@ -808,7 +812,7 @@ def read_rows(args: argparse.Namespace, name: str, table) -> tuple[list[str], li
     if len(kept) < len(texts):
         blank = len(texts) - len(kept)
         print(f"{args.dataset}: skipped {blank} blank sentences of {len(texts)} in the {name} split")
-    labels = as_labels(args, name, [labels[i] for i in kept], kept)
+    labels = as_labels(f"{args.dataset}: {name}", [labels[i] for i in kept], kept)
     return [texts[i] for i in kept], labels, [i + 1 for i in kept]
 
 
@@ -828,29 +832,29 @@ def is_blank(text: str | None) -> bool:
     )
 
 
-def as_labels(args: argparse.Namespace, name: str, labels: list, rows: list[int]) -> list[str]:
+def as_labels(where: str, labels: list, rows: list[int]) -> list[str]:
     """Labels as text, without spaces at their ends; raises InputError for a row without one."""
     import numbers
 
     for i, label in zip(rows, labels, strict=True):
         if not isinstance(label, (numbers.Number, str)) or not str(label).strip():
-            what = f"{name} row {i + 1}: {visible(repr(label), 100)} is no label"
-            raise InputError(f"{args.dataset}: {what}; give whole numbers or names")
+            what = f"row {i + 1}: {visible(repr(label), 100)} is no label"
+            raise InputError(f"{where} {what}; give whole numbers or names")
     found = {label: str(label).strip() for label in set(labels)}
     if any(found[label] != str(label) for label in found):
-        note(f"{args.dataset}: spaces around labels of the {name} split are left out")
+        note(f"{where}: spaces around labels are left out")
     return [found[label] for label in labels]
 
 
-def without_fractions(args: argparse.Namespace, *splits: list[str]) -> list[list[str]]:
+def without_fractions(where: str, column: str, *splits: list[str]) -> list[list[str]]:
     """Labels with 1.0 as 1, where all labels are numbers; raises InputError for one that is not whole."""
     found = sorted(set().union(*splits))
     if not all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
         return list(splits)
     broken = [label for label in found if label.partition(".")[2].strip("0")]
     if broken:
-        what = f"{len(found)} different numbers in {args.label_column!r}, {broken[0]} among them"
-        raise InputError(f"{args.dataset}: {what}; labels are whole numbers or names")
+        what = f"{len(found)} different numbers in {column!r}, {broken[0]} among them"
+        raise InputError(f"{where}: {what}; labels are whole numbers or names")
     return [[label.partition(".")[0] for label in labels] for labels in splits]
 
 
@@ -989,16 +993,16 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokeniz
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
 
-def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
+def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
     """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
 
-    `base_name` says where the base lies when the checkpoint's own name for it does not. Raises
-    InputError for a file that is no checkpoint, for tensors missing, left over, misshapen or not
-    finite, and for another base.
+    `base_name` says where the base lies when the checkpoint's own name for it does not, and `load` how
+    to get it. Raises InputError for a file that is no checkpoint, for tensors missing, left over,
+    misshapen or not finite, and for another base.
     """
     checkpoint = read_tensors(path)
     check_facts(path, checkpoint, FACTS | {"state_dict": dict})
-    base = load_trained_base(path, checkpoint, base_name)
+    base = load_trained_base(path, checkpoint, base_name, load)
     try:
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -1454,6 +1458,36 @@ def print_machine(args: argparse.Namespace, dtype: torch.dtype) -> None:
     print(f"{'machine':12}{hardware}, {str(dtype).removeprefix('torch.')}; {named}", flush=True)
 
 
+LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
+
+
+def calibrate(model: nn.Module, sentences: Tokens, args: argparse.Namespace) -> float:
+    """Make the model as sure as it is right: divide its logits by one temperature (arXiv:1706.04599).
+
+    Of 1 to 10 the one that makes the validation labels likeliest; it goes into weight and bias of the
+    head's last layer, so every format has it. No answer changes. Returns 1 where nothing is changed: for
+    a frozen head, and for fewer than LEAST_HELD_OUT sentences.
+    """
+    if args.freeze_head or len(sentences) < LEAST_HELD_OUT:
+        return 1.0
+    logits = predict(model, sentences, args.eval_batch_size)
+    tried = torch.logspace(0, 1, 101).tolist()
+    temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "original_module" not in name
+    ]
+    last = [layer for layer in linear if layer.out_features == logits.shape[1]][-1]
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter /= temperature
+    if temperature > 1:
+        what = f"{temperature:.2f} divides the logits: fitted on the {len(sentences):,} validation sentences"
+        print(f"{'temperature':12}{what}")
+    return temperature
+
+
 def environment(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """The hardware in words, and the versions that a result depends on."""
     import platform
@@ -1508,15 +1542,24 @@ def write_record(
     print(in_words(confusion, label_names))
 
 
+def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
+    """How often each label (row) was answered with each (column)."""
+    return torch.bincount(given * labels + answers, minlength=labels * labels).view(labels, labels)
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """The mean F1 in percent over all labels that were given or answered, as in scikit-learn."""
+    both = confusion.sum(dim=0) + confusion.sum(dim=1)
+    return (200 * confusion.diagonal() / both).nanmean().item()
+
+
 def in_words(confusion: Tensor, label_names: list[str]) -> str:
     """Accuracy and macro-F1, how sure the first is, and what the commonest label alone would get."""
     right, total = int(confusion.trace()), int(confusion.sum())
     low, high = wilson_interval(right, total)
     most, commonest = (int(x) for x in confusion.sum(dim=1).max(dim=0))
-    f1 = (200 * confusion.diagonal() / (confusion.sum(dim=0) + confusion.sum(dim=1))).nan_to_num().mean()
-    lines = [
-        f"macro-F1 {f1:.1f} %; always {visible(label_names[commonest], 40)!r}: {100 * most / total:.2f} %"
-    ]
+    always = f"always {visible(label_names[commonest], 40)!r}: {100 * most / total:.2f} %"
+    lines = [f"macro-F1 {macro_f1(confusion):.1f} %; {always}"]
     one_answer = int((confusion.sum(dim=0) > 0).sum()) == 1
     if one_answer or right <= most:
         what = "it answers one label every time" if one_answer else "it is no better than the commonest label"

@@ -3,12 +3,16 @@
     python playground.py "The movie was absolutely fantastic!"    # what both training scripts wrote answers
     python playground.py                                          # a prompt; exit, Ctrl-D or Ctrl-C leaves
     python playground.py --explain "It is not bad at all."        # which words carried the decision
-    python playground.py --file reviews.csv --text-column review --json > answers.jsonl
     cat reviews.txt | python playground.py                        # one sentence a line
+    python playground.py --file reviews.csv --output answers.csv  # the same table, with the answers beside it
+    python playground.py --file test.csv --label-column about     # how often it is right, its surest mistakes
+    python playground.py --model a.pt --model b.pt --file test.csv --label-column about    # which is better
+    python playground.py --web                                    # a page on this machine
     python playground.py --model FILE.pt --glue SST-2.tsv         # GLUE's submission for the test split
     python playground.py --model FILE.pt --export FOLDER       # for pipeline("text-classification", FOLDER)
 
-FILE.pt, or a folder of lora_peft.py: the answers come from float32 weights with the adapter merged in.
+FILE.pt, or a folder of lora_peft.py. One model answers from float32 weights with its adapter merged in;
+several keep their adapters beside weights that those on the same base share.
 """
 
 from __future__ import annotations
@@ -20,13 +24,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,23 +50,35 @@ from lora_scratch import (
     InputError,
     Parser,
     Tokens,
+    as_labels,
     between,
     check_text,
+    check_tokenizer,
     choose_column,
     choose_device,
+    compute_cls_only,
+    count_pairs,
+    in_words,
     is_blank,
+    label_report,
     listed,
+    load_base,
     load_checkpoint,
+    load_tables,
+    macro_f1,
     merge_lora,
     note,
     on_terminal,
     predict,
+    probe_place,
     read_columns,
     read_file,
     reason,
     run,
     use_cache_if_offline,
     visible,
+    wilson_interval,
+    without_fractions,
     write_file,
     write_folder,
 )
@@ -71,25 +90,75 @@ DEMOS = [
 ]  # asked where none of the first is there
 
 
+UNSURE = "unsure"  # the answer below --unsure
+ANSWERS = (".csv", ".tsv", ".jsonl", ".parquet")  # the endings of --output
+
+
 class Model(NamedTuple):
     name: str  # as the answers call it
     path: Path
     base: Base
     label_names: list[str]
     max_length: int  # tokens; longer text is cut, as in training
+    facts: dict  # what its file says beside the tensors
 
 
-def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> Model:
+def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
+    """The trained models; each is merged where it is alone, and on a shared base where there are several."""
+    kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
+    names = [kind if kinds.count(kind) == 1 else str(path) for kind, path in zip(kinds, paths, strict=True)]
+    if len(paths) == 1:
+        models = [load(names[0], paths[0], base_name)]
+    else:
+        get_base = shared_bases()
+        models = [load(*one, base_name, False, get_base) for one in zip(names, paths, strict=True)]
+    for model in models:
+        model.base.model.to(choose_device("auto"))
+    return models
+
+
+def load(name: str, path: Path, base_name: str | None, merged: bool = True, get_base=load_base) -> Model:
     """A trained model from a handwritten checkpoint or a folder of PEFT; plain layers where `merged`."""
     if path.is_dir():
         from lora_peft import load_adapter  # only here: who has no such folder needs no peft
 
-        base, facts = load_adapter(path, base_name, merged)
+        base, facts = load_adapter(path, base_name, merged, get_base)
     else:
-        base, facts = load_checkpoint(path, base_name)
+        base, facts = load_checkpoint(path, base_name, get_base)
         if merged:
             merge_lora(base.model)
-    return Model(name, path, base, facts["label_names"], facts["max_length"])
+    return Model(name, path, base, facts["label_names"], facts["max_length"], facts)
+
+
+def shared_bases() -> Callable:
+    """A load_base that reads each base once: models on it have a head of their own and share the rest."""
+    bases = {}
+
+    def get_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
+        key = (os.path.realpath(name) if Path(name).is_dir() else name, revision)
+        if key not in bases:
+            bases[key] = load_base(name, revision, label_names, max_length)
+        check_tokenizer(name, bases[key].model, bases[key].tokenizer, max_length)
+        return with_head(bases[key], label_names)
+
+    return get_base
+
+
+def with_head(base: Base, label_names: list[str]) -> Base:
+    """The same encoder, its frozen tensors shared and not copied, under an empty head for other labels."""
+    config = copy.deepcopy(base.model.config)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {label: i for i, label in enumerate(label_names)}
+    with torch.device("meta"):  # without memory
+        model = type(base.model)(config)
+    frozen = {id(p): p for name, p in base.model.named_parameters() if name not in base.head}
+    for name, module in model.named_children():
+        if name == model.base_model_prefix:
+            setattr(model, name, copy.deepcopy(base.model.base_model, frozen))
+        else:
+            module.to_empty(device="cpu")
+    compute_cls_only(model)  # on layers of its own
+    return replace(base, model=model.eval())
 
 
 def read_texts(args: argparse.Namespace) -> Iterable[str]:
@@ -179,7 +248,8 @@ def classify(model: Model, texts: list[str], args: argparse.Namespace) -> list[d
     tokens, cut = read_tokens([answer["text"] for answer in asked], model)
     rows = probabilities(model, tokens, args.batch_size).tolist()
     for answer, row, too_long in zip(asked, rows, cut, strict=True):
-        answer["label"] = model.label_names[row.index(max(row))]
+        is_sure = 100 * max(row) >= args.unsure
+        answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
         answer["probabilities"] = {name: round(p, 6) for name, p in zip(model.label_names, row, strict=True)}
         if too_long:
             answer["cut"] = True
@@ -214,25 +284,32 @@ def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespa
             if headed:
                 print(visible(answers[0]["text"]))
             for model, answer in zip(models, answers, strict=True):
-                print(f"{indent}{model.name:{width}}  {in_words(answer, model)}")
+                print(f"{indent}{model.name:{width}}  {words_of(answer, model)}")
         sys.stdout.flush()
 
 
-def in_words(answer: dict, model: Model) -> str:
+def words_of(answer: dict, model: Model) -> str:
     """Label and probability; below them each word's effect in percentage points, coloured on a terminal."""
     if answer["label"] is None:
         return "(blank)"
     label, width = visible(answer["label"]), max(map(len, model.label_names))
     note = f"  (cut to {model.max_length} tokens)" if "cut" in answer else ""
-    line = (
-        f"{label[:1].upper() + label[1:]:{width}}  {100 * max(answer['probabilities'].values()):.1f} %{note}"
-    )
+    line = f"{label[:1].upper() + label[1:]:{width}}  {percent(answer)}{note}"
     words = []
     for word, effect in answer.get("words", []):
         words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
         if sys.stdout.isatty() and abs(effect) >= 0.01:
             words[-1] = f"\033[{32 if effect > 0 else 31}m{words[-1]}\033[0m"
     return f"{line}\n    {'  '.join(words)}" if words else line
+
+
+def surest(answer: dict) -> float | None:
+    """The probability of the likeliest label."""
+    return max(answer["probabilities"].values(), default=None)
+
+
+def percent(answer: dict) -> str:
+    return f"{100 * surest(answer):.1f} %"
 
 
 def prompt(models: list[Model], args: argparse.Namespace) -> None:
@@ -247,6 +324,247 @@ def prompt(models: list[Model], args: argparse.Namespace) -> None:
                 answer_all(models, [text], args, headed=False)
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)  # the shell's own prompt starts a line
+
+
+def judge(models: list[Model], args: argparse.Namespace) -> None:
+    """Print how often each model is right on a labelled table, its surest mistakes, and which is better."""
+    texts, labels = read_table(args, args.label_column)
+    rows = [i for i, text in enumerate(texts) if not is_blank(text)]
+    if not rows:
+        raise InputError(f"{args.file}: no sentence to judge by; give one with its label")
+    if len(rows) < len(texts):
+        note(f"{args.file}: {len(texts) - len(rows)} blank sentences of {len(texts)} are left out")
+    labels = as_labels(f"{args.file}:", [labels[i] for i in rows], rows)
+    (labels,) = without_fractions(str(args.file), args.label_column, labels)
+    given = [own_labels(args, model, labels) for model in models]  # before the long work
+    answers = [[] for _ in models]
+    for chunk in chunks([texts[i] for i in rows], progress=on_terminal()):
+        for model, found in zip(models, answers, strict=True):
+            found += classify(model, chunk, args)
+    for model, own, found in zip(models, given, answers, strict=True):
+        for i, label, answer in zip(rows, own, found, strict=True):
+            answer |= {"row": i + 1, "given": label}
+        tell_judgement(model, found, args)
+    for one, other in itertools.combinations(range(len(models)), 2):
+        pairs = zip(answers[one], answers[other], strict=True)
+        right = [(a["label"] == a["given"], b["label"] == b["given"]) for a, b in pairs]
+        names = models[one].name, models[other].name
+        tell_better(*names, right.count((True, False)), right.count((False, True)), args)
+
+
+def own_labels(args: argparse.Namespace, model: Model, labels: list[str]) -> list[str]:
+    """The file's labels as this model calls them; labels that it does not know are named and counted."""
+    numbers = {str(i): name for i, name in enumerate(model.label_names)}
+    if set(labels) <= numbers.keys() and not set(labels) & set(model.label_names):
+        names = listed(model.label_names)
+        note(f"{args.file}: the numbers in {args.label_column!r} are read as {names}, in this order")
+        return [numbers[label] for label in labels]
+    unknown = sorted(set(labels) - set(model.label_names))
+    if len(unknown) == len(set(labels)):
+        what = f"none of its labels ({listed(unknown)}) is one of the model's: {listed(model.label_names)}"
+        raise InputError(f"{args.file}: {what}; is it the right --label-column?")
+    if unknown:
+        shown = listed([f"{label} ({labels.count(label)})" for label in unknown])
+        note(f"{args.file}: labels that {model.name} does not know, so its answer is wrong: {shown}")
+    return labels
+
+
+def tell_judgement(model: Model, answers: list[dict], args: argparse.Namespace) -> None:
+    """Print the table of labels, the ten surest mistakes and the accuracy, or all of it as JSON."""
+    sure = [answer for answer in answers if answer["label"] != UNSURE]
+    names = list(dict.fromkeys([*model.label_names, *(answer["given"] for answer in sure)]))
+    index = {name: i for i, name in enumerate(names)}
+    pairs = torch.tensor([[index[answer["given"]], index[answer["label"]]] for answer in sure]).view(-1, 2)
+    confusion = count_pairs(*pairs.long().T, len(names))
+    mistakes = [answer for answer in sure if answer["label"] != answer["given"]]
+    mistakes.sort(key=lambda answer: -answer["probabilities"][answer["label"]])
+    right, total = len(sure) - len(mistakes), len(sure)
+    if args.json:
+        found = {"model": model.name, "correct": right, "total": total, "unsure": len(answers) - total}
+        if total:
+            interval = [100 * share for share in wilson_interval(right, total)]
+            found |= {"accuracy": 100 * right / total, "interval": interval, "macro_f1": macro_f1(confusion)}
+        found |= {"label_names": names, "confusion": confusion.tolist(), "surest_mistakes": mistakes[:10]}
+        return print(json.dumps(found, allow_nan=False))
+    print(f"{model.name}: {len(answers):,} sentences", end="")
+    print(f", unsure of {len(answers) - total:,}; of the others:" if args.unsure else "")
+    if mistakes:
+        print(f"its surest mistakes, of {len(mistakes):,}; or the label is wrong:")
+    for answer in mistakes[:10]:
+        said, given, text = (visible(answer[key], 80) for key in ("label", "given", "text"))
+        print(f"  row {answer['row']}, {given}: {said} {percent(answer)} | {text}")
+    if total:
+        print(label_report(confusion, names))
+        print(in_words(confusion, names))
+
+
+def tell_better(one: str, other: str, one_alone: int, other_alone: int, args: argparse.Namespace) -> None:
+    """Print whether one model is right where the other is wrong more often than by chance."""
+    p = sign_test(one_alone, other_alone)
+    if args.json:
+        return print(json.dumps({"models": [one, other], "alone_right": [one_alone, other_alone], "p": p}))
+    better = f"{one if one_alone > other_alone else other} is better"
+    verdict = better if p < 0.05 else f"no evidence that {better}"
+    if one_alone == other_alone:
+        verdict = "no evidence that either is better"
+    print(f"{one} alone right {one_alone:,}, {other} alone right {other_alone:,}: p = {p:.2g}, {verdict}")
+
+
+def sign_test(one: int, other: int) -> float:
+    """The two-sided probability of a division at least as uneven between two that are equally good."""
+    count, term, tail = one + other, 1, 0
+    for i in range(min(one, other) + 1):
+        tail += term  # the binomial coefficient of count and i, step by step: each by itself is slow
+        term = term * (count - i) // (i + 1)
+    return min(1.0, 2 * tail / 2**count)
+
+
+def write_answers(models: list[Model], texts: Iterable[str], args: argparse.Namespace) -> None:
+    """Write every row as it was, with each model's label and probability beside it, whole or not at all."""
+    import pandas
+
+    is_table = args.file and args.file.suffix.lower() in FORMATS
+    table = read_file(args.file) if is_table else pandas.DataFrame({"text": pandas.Series([], dtype=str)})
+    several, taken, count = len(models) > 1, set(table.columns), 0
+    columns = [answer_columns(taken, model.name if several else "") for model in models]
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with contextlib.ExitStack() as files:
+            append = open_table(temporary, args.output, table, list(itertools.chain(*columns)), files)
+            for chunk in chunks(texts, progress=on_terminal()):
+                part = (
+                    table[count : count + len(chunk)].copy()
+                    if is_table
+                    else pandas.DataFrame({"text": chunk})
+                )
+                for model, names in zip(models, columns, strict=True):
+                    answers = classify(model, chunk, args)
+                    found = [[answer["label"], surest(answer)] for answer in answers]
+                    part[names] = pandas.DataFrame(found, part.index, names, dtype=object)
+                append(part)
+                count += len(chunk)
+
+    write_file(args.output, write)
+    print(f"wrote {count:,} rows to {args.output}")
+
+
+def answer_columns(taken: set[str], name: str) -> list[str]:
+    """Names for a model's label and its probability that no column of the table has."""
+    names = [f"{what} {name}".strip() for what in ("label", "probability")]
+    while taken & set(names):
+        names = [f"model_{name}" for name in names]
+    return names
+
+
+def open_table(path: Path, output: Path, table, columns: list[str], files: contextlib.ExitStack) -> Callable:
+    """A function that appends rows to a new file, of the format that the ending of `output` names.
+
+    `table` and the new `columns` tell the header and the types. Raises InputError where that format cannot
+    hold the table.
+    """
+    import pandas
+
+    suffix = output.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            schema = pyarrow.Schema.from_pandas(table, preserve_index=False)
+        except (pyarrow.ArrowException, TypeError) as error:
+            raise InputError(f"--output {output}: {reason(error)}; name a .jsonl file") from error
+        for name, kind in zip(columns, itertools.cycle([pyarrow.string(), pyarrow.float64()])):
+            schema = schema.append(pyarrow.field(name, kind))
+        writer = files.enter_context(parquet.ParquetWriter(path, schema))
+        return lambda rows: writer.write_table(pyarrow.Table.from_pandas(rows, schema, preserve_index=False))
+    encoding = "utf-8-sig" if table.attrs.get("marked") and suffix == ".csv" else "utf-8"
+    file = files.enter_context(open(path, "w", encoding=encoding, newline=""))  # noqa: SIM115
+    if suffix == ".jsonl":
+        return lambda rows: file.writelines(json_line(row) for row in rows.to_dict("records"))
+    options = {"index": False, "lineterminator": "\n", "sep": table.attrs.get("sep", ",")}
+    header = pandas.DataFrame([*table.attrs.get("header", table.columns), *columns]).T
+    if suffix == ".csv":
+        header.to_csv(file, header=False, **options)
+        return lambda rows: rows.to_csv(file, header=False, **options)
+
+    def append(rows) -> None:  # as GLUE writes it: without quotes
+        for row in zip(*read_columns(output, rows, list(rows.columns)), strict=True):
+            fields = ["" if value is None else str(value) for value in row]
+            if any(c in field for field in fields for c in "\t\n"):
+                what = f"a .tsv file cannot hold {visible(' | '.join(fields), 80)!r}, with a tab or two lines"
+                raise InputError(f"--output {output}: {what}; name a .csv file")
+            file.write("\t".join(fields) + "\n")
+
+    append(header)
+    return append
+
+
+def json_line(row: dict) -> str:
+    """A row as JSON; what a row of the file did not have is NaN in its table, and left out again."""
+    import pandas
+
+    kept = {k: None if v is pandas.NA else v for k, v in row.items() if not (isinstance(v, float) and v != v)}
+    return json.dumps(kept, ensure_ascii=False, default=str) + "\n"
+
+
+def serve(models: list[Model], args: argparse.Namespace) -> None:
+    """A page on this machine alone: a sentence with its labels and words, or a table with its answers."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError("--web needs Gradio: pip install -r tests/requirements-web.txt") from error
+    args.explain = True
+
+    def ask(text: str) -> list:
+        answers = [classify(model, [text], args)[0] for model in models]
+        pairs = zip(answers, models, strict=True)
+        shown = [
+            (words_of(a | {"words": []}, model), a["probabilities"] or None, a.get("words"))
+            for a, model in pairs
+        ]
+        return list(itertools.chain(*shown))
+
+    def answer_file(name: str) -> str:
+        output = (
+            Path(tempfile.mkdtemp())
+            / f"answers{Path(name).suffix if Path(name).suffix in ANSWERS else '.csv'}"
+        )
+        own = vars(args) | {"file": Path(name), "output": output, "explain": False}
+        try:
+            write_answers(models, read_texts(argparse.Namespace(**own)), argparse.Namespace(**own))
+        except InputError as error:
+            raise gradio.Error(visible(error, 500)) from error
+        return str(output)
+
+    with gradio.Blocks(title="LoRA playground") as page:
+        text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
+        for model in models:
+            parts.append(gradio.Textbox(label=model.name))
+            parts.append(gradio.Label(label="probabilities", num_top_classes=10, show_heading=False))
+            parts.append(
+                gradio.HighlightedText(label="what is lost where a word is masked", show_legend=True)
+            )
+        text.submit(ask, text, parts)
+        if sentences := own_sentences(models[0]):
+            gradio.Examples(
+                [[one] for one in sentences], text, parts, ask, run_on_click=True, label="Of the validation"
+            )
+        file = gradio.File(label=f"A file of sentences: one a line, or a table ({', '.join(FORMATS)})")
+        file.upload(answer_file, file, gradio.File(label="The same with its answers"))
+    share = "COLAB_RELEASE_TAG" in os.environ  # whose browser is elsewhere
+    page.launch(server_name="127.0.0.1", share=share, inbrowser=on_terminal(), footer_links=[])
+
+
+def own_sentences(model: Model) -> list[str]:
+    """Some of the sentences that the model was evaluated with, where its data still lies."""
+    record = model.facts.get("record", {})
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with contextlib.suppress(InputError, OSError, LookupError, TypeError, AttributeError), quiet[0], quiet[1]:
+        if Path(record["settings"]["dataset"]).exists():
+            return load_tables(argparse.Namespace(**record["settings"]))[1].text[:5]
+    return []
 
 
 def write_glue(model: Model, args: argparse.Namespace) -> None:
@@ -313,16 +631,19 @@ def main(argv: list[str] | None = None) -> None:
     paths = choose_models(args)
     if args.export:
         return export(paths[0], args)
-    asked = args.sentences or args.file or args.glue
-    prompted = not asked and sys.stdin is not None and sys.stdin.isatty()
-    texts = [] if prompted or args.glue else read_texts(args)
-    kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
-    names = [kind if kinds.count(kind) == 1 else str(path) for kind, path in zip(kinds, paths, strict=True)]
-    models = [load(name, path, args.base) for name, path in zip(names, paths, strict=True)]
-    for model in models:
-        model.base.model.to(choose_device("auto"))
-    if args.glue:
+    asked = args.sentences or args.file or args.glue or args.web
+    prompted = not asked and not args.output and sys.stdin is not None and sys.stdin.isatty()
+    texts = [] if prompted or args.glue or args.web or args.label_column else read_texts(args)
+    models = load_all(paths, args.base)
+    check_unsure(models, args)
+    if args.web:
+        serve(models, args)
+    elif args.glue:
         write_glue(models[0], args)
+    elif args.label_column:
+        judge(models, args)
+    elif args.output:
+        write_answers(models, texts, args)
     elif prompted:
         prompt(models, args)
     else:
@@ -340,10 +661,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
     add("--text-column", help="of a table (default: sentence, text, review, ... or the one of long texts)")
+    add("--label-column", help="judge the models by this column of --file, then exit (default: off)")
+    help = f"write the table, or the lines, with the answers beside them ({', '.join(ANSWERS)}; default: off)"
+    add("--output", type=Path, metavar="FILE", help=help)
+    help = 'answer "unsure" below this many percent (default: 0, never)'
+    add("--unsure", type=between(float, 0, 100), default=0.0, metavar="PERCENT", help=help)
     batch_size = between(int, 1, 10**6)
     add("--batch-size", type=batch_size, default=32, help="sentences at a time (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")
     add("--explain", action="store_true", help="show what each word does to the probability (default: off)")
+    add("--web", action="store_true", help="open a page on this machine (default: off)")
     help = "write GLUE's SST-2 submission to it, then exit (default: off)"
     add("--glue", type=Path, metavar="FILE", help=help)
     help = "write the merged model, then exit (default: off)"
@@ -359,9 +686,25 @@ def is_submission(path: Path) -> bool:
 
 def choose_models(args: argparse.Namespace) -> list[Path]:
     """The trained models to ask; raises InputError for flags that do not go together."""
-    exclusive = [flag for flag in (args.sentences, args.glue, args.export) if flag]
-    if len(exclusive) > 1 or (args.export and args.file):
-        raise InputError("--glue goes with --file alone, --export with neither; leave the rest out")
+    jobs = {"--glue": args.glue, "--export": args.export, "--web": args.web, "--output": args.output}
+    jobs = [flag for flag, given in (jobs | {"--label-column": args.label_column}).items() if given]
+    if len(jobs) > 1:
+        raise InputError(f"{' and '.join(jobs)}: one at a time; leave the rest out")
+    is_table = args.file and args.file.suffix.lower() in FORMATS
+    if args.sentences and (jobs and (jobs != ["--output"] or is_table)):
+        raise InputError(f"{jobs[0]} answers no sentences of the command line; leave them out")
+    if args.file and jobs and jobs[0] in ("--export", "--web"):
+        raise InputError(f"{jobs[0]} reads no --file; leave it out")
+    if args.label_column and not is_table:
+        raise InputError(f"--label-column needs a table in --file that ends in {listed(FORMATS)}")
+    if args.explain and jobs and not args.web:
+        raise InputError(f"{jobs[0]} explains no words; leave out --explain")
+    if args.json and jobs and not args.label_column:
+        raise InputError(f"{jobs[0]} prints no JSON; leave out --json")
+    if args.unsure and (args.glue or args.export):
+        raise InputError(f"{jobs[0]} takes every answer; leave out --unsure")
+    if args.output:
+        check_new_file(args)
     if args.glue and (args.glue.is_dir() or (args.glue.exists() and not is_submission(args.glue))):
         raise InputError(f"--glue {args.glue}: something else stands there; name another file to write to")
     if args.export and any(args.export.glob("*")):
@@ -375,6 +718,22 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
         among = ", ".join(map(str, paths))
         raise InputError(f"--glue and --export take one model; choose with --model among {among}")
     return paths
+
+
+def check_new_file(args: argparse.Namespace) -> None:
+    """Raise InputError, or OSError, for an --output that cannot be written or that stands there already."""
+    if args.output.suffix.lower() not in ANSWERS:
+        raise InputError(f"--output {args.output}: give a name that ends in {listed(ANSWERS)}")
+    if args.output.exists() or args.output.is_symlink():
+        raise InputError(f"--output {args.output}: there is something already; name a new file")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    probe_place(args.output.resolve().parent, args.output.name)
+
+
+def check_unsure(models: list[Model], args: argparse.Namespace) -> None:
+    for model in models:
+        if args.unsure and UNSURE in model.label_names:
+            raise InputError(f"--unsure: {UNSURE!r} is a label of {model.path}; leave it out")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
+import lora_peft
 import lora_scratch
+import playground
 from lora_scratch import Tokens, load_checkpoint, predict
 
 GOOD = "a warm and funny film|one of the best of the year|it never bores|great acting and a clever script|I loved it"
@@ -34,6 +36,7 @@ BAD = "a cold and dull film|one of the worst of the year|it never ends|poor acti
 WORDS = sorted({word for text in (GOOD, BAD) for word in text.lower().replace("|", " ").split()})
 SENTENCES = Tokens.from_lists([[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3], [2, 3], [2, *range(5, 30), 3]])
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SCRATCH, PEFT = map(str, playground.TRAINED)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -145,3 +148,32 @@ def sst2() -> Path:
 def real_base() -> Path:
     """The MiniLM stand-in in DistilBERT form."""
     return real_folder("LORA_TEST_BASE")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both adapters where playground.py looks for them; they tell praise from blame."""
+    folder = tmp_path_factory.mktemp("playground")
+    more = ["--lr", 0.01, "--epochs", 15, "--targets", "all-linear", "--label-names", "negative", "positive"]
+    for script, output in ((lora_scratch, SCRATCH), (lora_peft, PEFT)):
+        script.main(flags(tiny_base, tiny_data, *more, "--output", folder / output))
+    return folder
+
+
+@pytest.fixture
+def here(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder as the current one."""
+    monkeypatch.chdir(adapters)
+    return adapters
+
+
+def ask(*arguments: object) -> str:
+    """What main prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        playground.main([str(argument) for argument in arguments])
+    return output.getvalue()
+
+
+def ask_json(*arguments: object) -> list[dict]:
+    return [json.loads(line) for line in ask("--json", *arguments).removesuffix("\n").split("\n")]

@@ -53,6 +53,8 @@ def test_train_save_reload_convert_and_export(name: str, tiny_base: Path, tiny_d
         assert torch.equal(logits(one), logits(one))  # the head comes from the file, not from chance
         plain = lora_scratch.load_base(str(base), None, ["0", "1"], 100)
         assert not torch.allclose(logits(one), predict(plain.model, SENTENCES, 2), atol=1e-3)
+    for path, model in zip((scratch, peft), playground.load_all([scratch, peft], None), strict=True):
+        assert torch.allclose(predict(model.base.model, SENTENCES, 2), logits(path), rtol=0, atol=1e-5)
     for path in (scratch, peft):
         playground.main(["--model", str(path), "--export", str(tmp_path / f"export_{path.stem}")])
         run = transformers.pipeline("text-classification", str(tmp_path / f"export_{path.stem}"), device="cpu")
@@ -64,6 +66,29 @@ def test_train_save_reload_convert_and_export(name: str, tiny_base: Path, tiny_d
             assert {pair["label"]: pair["score"] for pair in answer} == pytest.approx(
                 {"0": row[0], "1": row[1]}, abs=1e-5
             )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_temperature_divides_the_logits_and_models_share_a_base(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    make, targets = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    folder = str(with_tokenizer(tmp_path / "base", tiny_base, encoder(make)))
+    base = lora_scratch.load_base(folder, None, ["0", "1"], 100)
+    tokens = Tokens.from_lists([[2, 5 + i, 9, 3] for i in range(20)])
+    before = predict(base.model, tokens, 4)
+    tokens.labels = before.argmin(dim=1)  # all are wrong, so it is to be as unsure as it may
+    parser = lora_scratch.make_parser("", "x.pt")
+    args = lora_scratch.parse_flags(parser, ["--model", folder, "--dataset", "none"])
+    temperature = lora_scratch.calibrate(base.model, tokens, args)
+    assert temperature == pytest.approx(10)
+    assert torch.allclose(predict(base.model, tokens, 4) * temperature, before, atol=1e-5)
+    three = playground.with_head(base, ["a", "b", "c"])
+    lora_scratch.inject_lora(three.model, three.head, targets)  # on layers of its own
+    assert not any("lora_" in key for key, _ in base.model.named_parameters())
+    own = {key.replace(".base.", "."): parameter for key, parameter in three.model.named_parameters()}
+    for key, parameter in base.model.named_parameters():
+        assert (own[key].data_ptr() == parameter.data_ptr()) == (key not in base.head)
+    assert three.model.config.num_labels == 3 and base.model.config.num_labels == 2
 
 
 def encoder(make: Callable) -> nn.Module:

@@ -723,7 +723,7 @@ def test_spaces_around_names_and_labels_are_left_out_with_a_note(
     assert {*train_set.text, *eval_set.text} == {f" film {i} " for i in range(4)} and names == ["0", "1"]
     error = capfd.readouterr().err
     assert f"note: {path}: spaces around names of columns are left out" in error
-    assert f"note: {path}: spaces around labels of the training split are left out" in error
+    assert f"note: {path}: training: spaces around labels are left out" in error
     assert [answer["text"] for answer in ask(capfd, "--model", trained, "--file", path)] == [
         f" film {i} " for i in range(4)
     ]

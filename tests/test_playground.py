@@ -1,7 +1,6 @@
 """playground.py: what people and other programs type, pipe and press, and what they get."""
 
 import contextlib
-import io
 import json
 import os
 import pty
@@ -19,7 +18,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import BAD, GOOD, flags
+from conftest import BAD, GOOD, PEFT, SCRATCH, ask, ask_json, flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,38 +29,8 @@ import playground
 from lora_scratch import InputError, Tokens
 
 SCRIPT = playground.__file__
-SCRATCH, PEFT = map(str, playground.TRAINED)
 FORMS = ["--json", "--explain"]
 TEXTS = [*GOOD.split("|"), *BAD.split("|"), "the film", "a", "great " * 60]
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both adapters where playground.py looks for them; they tell praise from blame."""
-    folder = tmp_path_factory.mktemp("playground")
-    more = ["--lr", 0.01, "--epochs", 15, "--targets", "all-linear", "--label-names", "negative", "positive"]
-    for script, output in ((lora_scratch, SCRATCH), (lora_peft, PEFT)):
-        script.main(flags(tiny_base, tiny_data, *more, "--output", folder / output))
-    return folder
-
-
-@pytest.fixture
-def here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That folder as the current one."""
-    monkeypatch.chdir(trained)
-    return trained
-
-
-def ask(*arguments: object) -> str:
-    """What main prints."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        playground.main([str(argument) for argument in arguments])
-    return output.getvalue()
-
-
-def ask_json(*arguments: object) -> list[dict]:
-    return [json.loads(line) for line in ask("--json", *arguments).removesuffix("\n").split("\n")]
 
 
 def unmerged(model: str, texts: list[str]) -> torch.Tensor:
@@ -217,14 +186,14 @@ def test_label_names_come_from_the_data(tiny_base: Path, tmp_path: Path) -> None
 # --- Where the text comes from ---
 
 
-def test_json_is_all_that_is_printed_and_peft_is_not_needed(trained: Path) -> None:
+def test_json_is_all_that_is_printed_and_peft_is_not_needed(adapters: Path) -> None:
     """The one real process with a pipe: imports, warnings and encodings as users have them."""
     code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1); sys.modules['peft'] = None  # importing it now fails\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, SCRIPT, "--json", "--model", SCRATCH]
     text = "\ufeffa great film\n\n \t\r\nI hated it\x85\u2028\x00\r \x1b[31m\r\n\U0001f600 電影\n".encode() + b"caf\xe9"
     environment = os.environ | {"PYTHONPATH": str(Path(SCRIPT).parent)}
-    done = subprocess.run(command, input=text, capture_output=True, cwd=trained, env=environment, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, cwd=adapters, env=environment, check=False)
     told = b"note: standard input: line 6 is not UTF-8; read as Windows-1252: is that right?\n"
     assert (done.returncode, done.stderr) == (0, told)
     assert done.stdout.isascii() and done.stdout.endswith(b"}\n")
@@ -353,8 +322,8 @@ def test_very_long_text_is_answered_like_its_beginning(text: str, here: Path) ->
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(text=st.text(st.characters(exclude_categories=[]), max_size=300), form=st.sets(st.sampled_from(FORMS)))
-def test_any_text_is_answered(text: str, form: set[str], trained: Path) -> None:
-    output = ask("--model", trained / SCRATCH, *form, "--", text)
+def test_any_text_is_answered(text: str, form: set[str], adapters: Path) -> None:
+    output = ask("--model", adapters / SCRATCH, *form, "--", text)
     if "--json" in form:
         answer = json.loads(output)
         assert answer["text"] == "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
@@ -365,11 +334,11 @@ def test_any_text_is_answered(text: str, form: set[str], trained: Path) -> None:
 
 @settings(max_examples=50, deadline=None, database=None)
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".txt", ".txt", ".csv", ".tsv", ".jsonl"]))
-def test_any_file_is_answered_or_refused(content: bytes, suffix: str, trained: Path) -> None:
-    path = trained / f"any{suffix}"
+def test_any_file_is_answered_or_refused(content: bytes, suffix: str, adapters: Path) -> None:
+    path = adapters / f"any{suffix}"
     path.write_bytes(content if suffix == ".txt" else b"sentence\n" + content)
     try:
-        output = ask("--json", "--model", trained / SCRATCH, "--file", path)
+        output = ask("--json", "--model", adapters / SCRATCH, "--file", path)
     except InputError as error:
         assert suffix != ".txt" and str(path) in str(error) and "\n" not in str(error)
     else:
@@ -435,7 +404,7 @@ def test_glue_takes_one_model_and_the_right_file(here: Path, tmp_path: Path) -> 
         ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv", "--file", tmp_path / "test.tsv")
     with pytest.raises(InputError, match=r"\.tsv"):
         ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv", "--file", tmp_path / "test.txt")
-    with pytest.raises(InputError, match="leave the rest out"):
+    with pytest.raises(InputError, match="leave them out"):
         ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv", "I loved it")
     with pytest.raises(InputError, match="something else stands there"):
         ask("--model", SCRATCH, "--glue", tmp_path / "test.tsv", "--file", tmp_path / "test.tsv")
@@ -513,7 +482,7 @@ def test_export_overwrites_nothing(here: Path, tmp_path: Path) -> None:
             ask("--model", SCRATCH, "--export", tmp_path / name)
     with pytest.raises(InputError, match="--model among"):
         ask("--export", tmp_path / "new")
-    with pytest.raises(InputError, match="leave the rest out"):
+    with pytest.raises(InputError, match="leave them out"):
         ask("--model", SCRATCH, "--export", tmp_path / "new", "I loved it")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
