@@ -89,6 +89,7 @@ DEFAULT_TARGETS = {  # the query and value projections, as in section 4.2 of the
     "bert": ["query", "value"],
     "roberta": ["query", "value"],
     "electra": ["query", "value"],
+    "mpnet": ["q", "v"],
 }
 
 
@@ -1039,7 +1040,7 @@ def check_facts(path: str | Path, facts: object, kinds: dict) -> None:
     identity = {key: kind for key, kind in (("config", dict), ("tokenizer", str)) if key in found}
     for key, kind in {"format": int, **kinds, **identity}.items():
         value = found.get(key)
-        right = key in found and isinstance(value, kind)
+        right = key in found and isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if right and key in RANGES:
             right = RANGES[key][0] <= value <= RANGES[key][1]
         if right and key in ("label_names", "targets"):
@@ -1464,28 +1465,34 @@ LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
 def calibrate(model: nn.Module, sentences: Tokens, args: argparse.Namespace) -> float:
     """Make the model as sure as it is right: divide its logits by one temperature (arXiv:1706.04599).
 
-    Of 1 to 10 the one that makes the validation labels likeliest; it goes into weight and bias of the
-    head's last layer, so every format has it. No answer changes. Returns 1 where nothing is changed: for
-    a frozen head, and for fewer than LEAST_HELD_OUT sentences.
+    The temperature is fitted on the validation sentences and goes into weight and bias of the head's
+    last layer, so every format has it. No answer changes. Returns 1, which changes nothing, for a frozen
+    head and for fewer than LEAST_HELD_OUT sentences.
     """
     if args.freeze_head or len(sentences) < LEAST_HELD_OUT:
         return 1.0
     logits = predict(model, sentences, args.eval_batch_size)
-    tried = torch.logspace(0, 1, 101).tolist()
-    temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
-    linear = [
+    temperature = fit_temperature(logits, sentences.labels)
+    layers = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "original_module" not in name
+        if isinstance(module, nn.Linear)
+        and module.out_features == logits.shape[1]
+        and "original_module" not in name  # PEFT's spare copy
     ]
-    last = [layer for layer in linear if layer.out_features == logits.shape[1]][-1]
     with torch.no_grad():
-        for parameter in last.parameters():
+        for parameter in layers[-1].parameters():
             parameter /= temperature
     if temperature > 1:
         what = f"{temperature:.2f} divides the logits: fitted on the {len(sentences):,} validation sentences"
         print(f"{'temperature':12}{what}")
     return temperature
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Of 1 to 10 the temperature under which the labels are likeliest; a few that are all right want 0."""
+    tried = torch.logspace(0, 1, 101).tolist()
+    return min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
 
 
 def environment(args: argparse.Namespace) -> tuple[str, dict[str, str]]:

