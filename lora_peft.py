@@ -19,6 +19,7 @@ import json
 import re
 import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -219,7 +220,7 @@ def sha256_of(path: Path) -> str:
 
 
 def load_adapter(
-    folder: str | Path, base_name: str | None = None, merge: bool = False, load=load_base
+    folder: str | Path, base_name: str | None = None, merge: bool = False, load: Callable | None = None
 ) -> tuple[Base, dict]:
     """Rebuild a trained model in float32, on the CPU, from an adapter folder of this script and its base.
 

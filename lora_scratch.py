@@ -421,11 +421,13 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str]) -> dict:
     }
 
 
-def load_trained_base(path: str | Path, facts: dict, base_name: str | None, load=load_base) -> Base:
+def load_trained_base(
+    path: str | Path, facts: dict, base_name: str | None, load: Callable | None = None
+) -> Base:
     """The base model that a checkpoint's facts name, or `base_name`: refused unless it is the same."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
-    base = load(name, revision, facts["label_names"], facts["max_length"])
+    base = (load or load_base)(name, revision, facts["label_names"], facts["max_length"])
     then, now = facts["fingerprint"], base.identity["fingerprint"]
     if now != then:
         what = f"trained on {facts['base']!r} ({then[:12]}), but {name!r} is another base ({now[:12]})"
@@ -994,7 +996,9 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokeniz
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
 
-def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
+def load_checkpoint(
+    path: str | Path, base_name: str | None = None, load: Callable | None = None
+) -> tuple[Base, dict]:
     """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
 
     `base_name` says where the base lies when the checkpoint's own name for it does not, and `load` how

@@ -117,7 +117,9 @@ def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
     return models
 
 
-def load(name: str, path: Path, base_name: str | None, merged: bool = True, get_base=load_base) -> Model:
+def load(
+    name: str, path: Path, base_name: str | None, merged: bool = True, get_base: Callable | None = None
+) -> Model:
     """A trained model from a handwritten checkpoint or a folder of PEFT; plain layers where `merged`."""
     if path.is_dir():
         from lora_peft import load_adapter  # only here: who has no such folder needs no peft
