@@ -180,10 +180,11 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        runs.append({"seed": seed, **json.loads(done.stdout.splitlines()[-1])})
+        result = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
+        runs.append(result)
         runs.sort(key=lambda one: one["seed"])
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(what, name, rows, runs[-1], flush=True)
+        print(what, name, rows, result, flush=True)
 
     cells = [("calibration", name, rows, seed) for rows in args.rows for name in SETS for seed in SEEDS]
     cells += [("flipped", name, max(args.rows), seed) for name in FLIPPED for seed in SEEDS]

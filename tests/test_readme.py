@@ -10,6 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import after_training
 import own_tables
 import plot_results
 import pytest
@@ -44,7 +45,7 @@ def flat(text: str) -> str:
 
 
 def test_it_is_short_enough_to_be_read() -> None:
-    assert len(README.splitlines()) <= 245
+    assert len(README.splitlines()) <= 260
 
 
 def test_the_code_it_shows_is_the_code_that_runs() -> None:
@@ -234,9 +235,23 @@ def test_the_tables_of_peoples_own_sentences_are_those_on_record() -> None:
     assert TABLES.split("<!-- own-long -->")[1].split("<!-- /own-long -->")[0].strip() == own_tables.table(cells)
 
 
+def test_the_tables_of_what_comes_after_training_are_those_on_record() -> None:
+    found = record("after_training")
+    assert TABLES.split("<!-- after -->")[1].split("<!-- /after -->")[0].strip() == after_training.tables(found)
+    assert all(len(runs) == 3 for runs in found["runs"].values()) and len(found["runs"]) == 12 + 1 + 2
+    improved = cells = 0
+    for key, runs in found["runs"].items():
+        if key.startswith("calibration"):
+            before, after = (statistics.mean(one[way]["nll"] for one in runs) for way in ("as it is", "scaled"))
+            improved, cells = improved + (after < before), cells + 1
+    assert f"in {improved} of {cells} cases" in flat(README)
+    counts = [one["among the 50 surest"] for key, runs in found["runs"].items() if "flipped" in key for one in runs]
+    assert f"{min(counts)} to {max(counts)} were among the 50 surest" in flat(README)
+
+
 def test_the_figure_is_of_the_records() -> None:
     assert f"records {plot_results.digest(*plot_results.committed())}" in (RESULTS / "results.svg").read_text("utf-8")
-    assert README.count("![") == 1 and "](tests/results/results.svg)" in README
+    assert README.count("![") == 2 and "](tests/results/results.svg)" in README
 
 
 def test_the_demos_run_is_the_one_on_record() -> None:
