@@ -244,7 +244,7 @@ def test_the_tables_of_what_comes_after_training_are_those_on_record() -> None:
         if key.startswith("calibration"):
             before, after = (statistics.mean(one[way]["nll"] for one in runs) for way in ("as it is", "scaled"))
             improved, cells = improved + (after < before), cells + 1
-    assert f"in {improved} of {cells} cases" in flat(README)
+    assert f"[in {improved} of {cells} cases]" in flat(README)
     counts = [one["among the 50 surest"] for key, runs in found["runs"].items() if "flipped" in key for one in runs]
     assert f"{min(counts)} to {max(counts)} were among the 50 surest" in flat(README)
 
