@@ -666,7 +666,9 @@ def read_csv(path: Path):
 
     encoding = find_encoding(path)
     with open(path, encoding=encoding, newline="\n") as file:
-        header = next((line for line in file if line.strip()), "")
+        first = header = next(file, "")
+        while header and not header.strip():
+            header = next(file, "")
     options = {"dtype": str, "na_filter": False, "encoding": encoding}
     is_tsv = path.suffix.lower() == ".tsv"
     if is_tsv:  # as GLUE writes it: a quote character is text, and only a newline ends a row
@@ -674,12 +676,15 @@ def read_csv(path: Path):
     elif "," not in header and (";" in header or "\t" in header):
         options["sep"] = ";" if ";" in header else "\t"
         note(f"{path}: its columns are separated by {'semicolons' if ';' in header else 'tabs'}")
-    table = pandas.read_csv(path, **options)
     names = pandas.read_csv(path, header=None, nrows=1, **options).iloc[0]
+    if len(names) == 1 and header == first:
+        options["skip_blank_lines"] = False  # a blank line of one column is a row
+    table = pandas.read_csv(path, **options)
     table.attrs["header"] = [name.removesuffix("\r") for name in names]  # pandas changes empty and equal ones
     table.attrs["sep"] = "," if is_tsv else options.get("sep", ",")
     with open(path, "rb") as file:
-        table.attrs["marked"] = file.read(2) in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")  # Excel looks for it
+        marked = file.read(2) in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")
+    table.attrs["marked"] = marked or encoding == "cp1252"  # Excel looks for a mark
     if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first column for row names
         raise ValueError("its rows have more fields than its header has names")
     if is_tsv and header.endswith("\r\n"):
@@ -845,7 +850,7 @@ def as_labels(where: str, labels: list, rows: list[int]) -> list[str]:
             raise InputError(f"{where} {what}; give whole numbers or names")
     found = {label: str(label).strip() for label in set(labels)}
     if any(found[label] != str(label) for label in found):
-        note(f"{where}: spaces around labels are left out")
+        note(f"{where.rstrip(':')}: spaces around labels are left out")
     return [found[label] for label in labels]
 
 
@@ -1087,8 +1092,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
-        raise InputError(f"cannot write {path} ({reason(error)}); the old file is unchanged") from error
+        what = "the old file is unchanged" if path.exists() else "make room or name another place"
+        raise InputError(f"cannot write {path} ({reason(error)}); {what}") from error
     finally:
         if temporary != path:
             temporary.unlink(missing_ok=True)
@@ -1550,7 +1558,15 @@ def write_record(
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
     print(label_report(confusion, label_names))
+    warn_if_nothing_is_learnt(confusion)
     print(in_words(confusion, label_names))
+
+
+def warn_if_nothing_is_learnt(confusion: Tensor) -> None:
+    one_answer = int((confusion.sum(dim=0) > 0).sum()) == 1
+    if one_answer or int(confusion.trace()) <= int(confusion.sum(dim=1).max()):
+        what = "it answers one label every time" if one_answer else "it is no better than the commonest label"
+        print(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
 
 
 def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
@@ -1561,7 +1577,7 @@ def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
 def macro_f1(confusion: Tensor) -> float:
     """The mean F1 in percent over all labels that were given or answered, as in scikit-learn."""
     both = confusion.sum(dim=0) + confusion.sum(dim=1)
-    return (200 * confusion.diagonal() / both).nanmean().item()
+    return (200 * confusion.diagonal().double() / both).nanmean().item()
 
 
 def in_words(confusion: Tensor, label_names: list[str]) -> str:
@@ -1570,14 +1586,9 @@ def in_words(confusion: Tensor, label_names: list[str]) -> str:
     low, high = wilson_interval(right, total)
     most, commonest = (int(x) for x in confusion.sum(dim=1).max(dim=0))
     always = f"always {visible(label_names[commonest], 40)!r}: {100 * most / total:.2f} %"
-    lines = [f"macro-F1 {macro_f1(confusion):.1f} %; {always}"]
-    one_answer = int((confusion.sum(dim=0) > 0).sum()) == 1
-    if one_answer or right <= most:
-        what = "it answers one label every time" if one_answer else "it is no better than the commonest label"
-        lines.append(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
     interval = f"95 % between {100 * low:.0f} and {100 * high:.0f}"
-    lines.append(f"accuracy {100 * right / total:.2f} % ({right}/{total}), {interval}")
-    return "\n".join(lines)
+    accuracy = f"accuracy {100 * right / total:.2f} % ({right}/{total}), {interval}"
+    return f"macro-F1 {macro_f1(confusion):.1f} %; {always}\n{accuracy}"
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:

@@ -25,13 +25,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import copy
+import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,12 +167,12 @@ def with_head(base: Base, label_names: list[str]) -> Base:
     return replace(base, model=model.eval())
 
 
-def read_texts(args: argparse.Namespace) -> Iterable[str]:
+def read_texts(args: argparse.Namespace, table) -> Iterable[str]:
     """The sentences asked about. A text file is opened now, before any model is loaded, and read later."""
+    if table is not None:
+        return [*args.sentences, *texts_of(args, table)]
     if args.sentences and not args.file:
         return args.sentences
-    if args.file and args.file.suffix.lower() in FORMATS:
-        return [*args.sentences, *read_table(args)]
     if not args.file and sys.stdin is None:
         raise InputError("standard input is closed; give a sentence or a --file")
     try:
@@ -204,12 +208,13 @@ def decode_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
         yield text
 
 
-def read_table(args: argparse.Namespace, *more: str) -> list:
+def is_table(path: Path | None) -> bool:
+    return path is not None and path.suffix.lower() in FORMATS
+
+
+def texts_of(args: argparse.Namespace, table, *more: str) -> list:
     """The texts of a table, or these and the values of more columns."""
-    if args.file.suffix.lower() not in FORMATS:
-        raise InputError(f"--file {args.file}: give a table that ends in {listed(FORMATS)}")
-    table = read_file(args.file)
-    names = [name for name in table.columns if name not in more]
+    names = [name for name in table.columns if name not in more and not name.startswith("Unnamed:")]
     column = args.text_column or choose_column(str(args.file), table, "text", names, TEXT_NAMES)
     texts, *others = read_columns(args.file, table, [column, *more])
     for i, text in enumerate(texts, start=1):
@@ -328,9 +333,9 @@ def prompt(models: list[Model], args: argparse.Namespace) -> None:
         print(file=sys.stderr)  # the shell's own prompt starts a line
 
 
-def judge(models: list[Model], args: argparse.Namespace) -> None:
+def judge(models: list[Model], table, args: argparse.Namespace) -> None:
     """Print how often each model is right on a labelled table, its surest mistakes, and which is better."""
-    texts, labels = read_table(args, args.label_column)
+    texts, labels = texts_of(args, table, args.label_column)
     rows = [i for i, text in enumerate(texts) if not is_blank(text)]
     if not rows:
         raise InputError(f"{args.file}: no sentence to judge by; give one with its label")
@@ -338,6 +343,11 @@ def judge(models: list[Model], args: argparse.Namespace) -> None:
         note(f"{args.file}: {len(texts) - len(rows)} blank sentences of {len(texts)} are left out")
     labels = as_labels(f"{args.file}:", [labels[i] for i in rows], rows)
     (labels,) = without_fractions(str(args.file), args.label_column, labels)
+    if class_names := table.attrs.get("names", {}).get(args.label_column):  # a file of the datasets library
+        names = {str(i): name for i, name in enumerate(class_names)}
+        labels = [names.get(label, label) for label in labels]
+    if args.unsure and UNSURE in labels:
+        raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
     given = [own_labels(args, model, labels) for model in models]  # before the long work
     answers = [[] for _ in models]
     for chunk in chunks([texts[i] for i in rows], progress=on_terminal()):
@@ -356,24 +366,28 @@ def judge(models: list[Model], args: argparse.Namespace) -> None:
 
 def own_labels(args: argparse.Namespace, model: Model, labels: list[str]) -> list[str]:
     """The file's labels as this model calls them; labels that it does not know are named and counted."""
-    numbers = {str(i): name for i, name in enumerate(model.label_names)}
-    if set(labels) <= numbers.keys() and not set(labels) & set(model.label_names):
-        names = listed(model.label_names)
-        note(f"{args.file}: the numbers in {args.label_column!r} are read as {names}, in this order")
+    names, counts = model.label_names, Counter(labels)
+    numbers = {str(i): name for i, name in enumerate(names)}
+    if counts.keys() <= numbers.keys() and not any(re.fullmatch(r"-?\d+", name) for name in names):
+        note(f"{args.file}: the numbers in {args.label_column!r} are read as {listed(names)}, in this order")
         return [numbers[label] for label in labels]
-    unknown = sorted(set(labels) - set(model.label_names))
-    if len(unknown) == len(set(labels)):
-        what = f"none of its labels ({listed(unknown)}) is one of the model's: {listed(model.label_names)}"
+    unknown = [f"{label} ({counts[label]})" for label in sorted(counts.keys() - set(names))]
+    rows = sum(counts[label] for label in counts.keys() - set(names))
+    if rows > len(labels) / 2:
+        what = (
+            f"{model.name} knows {listed(names)}, but {rows:,} of {len(labels):,} rows say {listed(unknown)}"
+        )
         raise InputError(f"{args.file}: {what}; is it the right --label-column?")
     if unknown:
-        shown = listed([f"{label} ({labels.count(label)})" for label in unknown])
-        note(f"{args.file}: labels that {model.name} does not know, so its answer is wrong: {shown}")
+        note(
+            f"{args.file}: labels that {model.name} does not know, so its answer is wrong: {listed(unknown)}"
+        )
     return labels
 
 
 def tell_judgement(model: Model, answers: list[dict], args: argparse.Namespace) -> None:
     """Print the table of labels, the ten surest mistakes and the accuracy, or all of it as JSON."""
-    sure = [answer for answer in answers if answer["label"] != UNSURE]
+    sure = [answer for answer in answers if not args.unsure or answer["label"] != UNSURE]
     names = list(dict.fromkeys([*model.label_names, *(answer["given"] for answer in sure)]))
     index = {name: i for i, name in enumerate(names)}
     pairs = torch.tensor([[index[answer["given"]], index[answer["label"]]] for answer in sure]).view(-1, 2)
@@ -388,13 +402,15 @@ def tell_judgement(model: Model, answers: list[dict], args: argparse.Namespace) 
             found |= {"accuracy": 100 * right / total, "interval": interval, "macro_f1": macro_f1(confusion)}
         found |= {"label_names": names, "confusion": confusion.tolist(), "surest_mistakes": mistakes[:10]}
         return print(json.dumps(found, allow_nan=False))
-    print(f"{model.name}: {len(answers):,} sentences", end="")
-    print(f", unsure of {len(answers) - total:,}; of the others:" if args.unsure else "")
+    heading = f"{model.name}: {len(answers):,} sentences"
+    if args.unsure:
+        heading += f", unsure of {len(answers) - total:,}{'; of the others:' if total else ''}"
+    print(heading)
     if mistakes:
         print(f"its surest mistakes, of {len(mistakes):,}; or the label is wrong:")
     for answer in mistakes[:10]:
         said, given, text = (visible(answer[key], 80) for key in ("label", "given", "text"))
-        print(f"  row {answer['row']}, {given}: {said} {percent(answer)} | {text}")
+        print(f"  row {answer['row']}, given {given}, answered {said} {percent(answer)} | {text}")
     if total:
         print(label_report(confusion, names))
         print(in_words(confusion, names))
@@ -421,24 +437,22 @@ def sign_test(one: int, other: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
-def write_answers(models: list[Model], texts: Iterable[str], args: argparse.Namespace) -> None:
+def write_answers(models: list[Model], texts: Iterable[str], table, args: argparse.Namespace) -> None:
     """Write every row as it was, with each model's label and probability beside it, whole or not at all."""
     import pandas
 
-    is_table = args.file and args.file.suffix.lower() in FORMATS
-    table = read_file(args.file) if is_table else pandas.DataFrame({"text": pandas.Series([], dtype=str)})
+    lines = table is None
+    table = pandas.DataFrame({"text": pandas.Series([], dtype=str)}) if lines else table
     several, taken, count = len(models) > 1, set(table.columns), 0
     columns = [answer_columns(taken, model.name if several else "") for model in models]
 
     def write(temporary: Path) -> None:
         nonlocal count
         with contextlib.ExitStack() as files:
-            append = open_table(temporary, args.output, table, list(itertools.chain(*columns)), files)
+            append = open_table(temporary, table, list(itertools.chain(*columns)), args, files)
             for chunk in chunks(texts, progress=on_terminal()):
                 part = (
-                    table[count : count + len(chunk)].copy()
-                    if is_table
-                    else pandas.DataFrame({"text": chunk})
+                    pandas.DataFrame({"text": chunk}) if lines else table[count : count + len(chunk)].copy()
                 )
                 for model, names in zip(models, columns, strict=True):
                     answers = classify(model, chunk, args)
@@ -446,6 +460,10 @@ def write_answers(models: list[Model], texts: Iterable[str], args: argparse.Name
                     part[names] = pandas.DataFrame(found, part.index, names, dtype=object)
                 append(part)
                 count += len(chunk)
+        if args.output.exists():
+            raise InputError(
+                f"--output {args.output}: it was made by something else meanwhile; name a new file"
+            )
 
     write_file(args.output, write)
     print(f"wrote {count:,} rows to {args.output}")
@@ -459,104 +477,121 @@ def answer_columns(taken: set[str], name: str) -> list[str]:
     return names
 
 
-def open_table(path: Path, output: Path, table, columns: list[str], files: contextlib.ExitStack) -> Callable:
-    """A function that appends rows to a new file, of the format that the ending of `output` names.
+def open_table(
+    path: Path, table, columns: list[str], args: argparse.Namespace, files: contextlib.ExitStack
+) -> Callable:
+    """A function that appends rows to a new file at `path`, of the format that --output's ending names.
 
     `table` and the new `columns` tell the header and the types. Raises InputError where that format cannot
     hold the table.
     """
-    import pandas
-
-    suffix = output.suffix.lower()
+    suffix, original = args.output.suffix.lower(), (args.file or Path()).suffix.lower()
     if suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            schema = pyarrow.Schema.from_pandas(table, preserve_index=False)
-        except (pyarrow.ArrowException, TypeError) as error:
-            raise InputError(f"--output {output}: {reason(error)}; name a .jsonl file") from error
-        for name, kind in zip(columns, itertools.cycle([pyarrow.string(), pyarrow.float64()])):
-            schema = schema.append(pyarrow.field(name, kind))
-        writer = files.enter_context(parquet.ParquetWriter(path, schema))
-        return lambda rows: writer.write_table(pyarrow.Table.from_pandas(rows, schema, preserve_index=False))
+        return open_parquet(path, table, columns, args, files)
     encoding = "utf-8-sig" if table.attrs.get("marked") and suffix == ".csv" else "utf-8"
     file = files.enter_context(open(path, "w", encoding=encoding, newline=""))  # noqa: SIM115
     if suffix == ".jsonl":
-        return lambda rows: file.writelines(json_line(row) for row in rows.to_dict("records"))
-    options = {"index": False, "lineterminator": "\n", "sep": table.attrs.get("sep", ",")}
-    header = pandas.DataFrame([*table.attrs.get("header", table.columns), *columns]).T
-    if suffix == ".csv":
-        header.to_csv(file, header=False, **options)
-        return lambda rows: rows.to_csv(file, header=False, **options)
+        was_json = original in (".json", ".jsonl")
+        return lambda rows: file.writelines(json_line(row, was_json) for row in rows.to_dict("records"))
+    options = {"delimiter": table.attrs.get("sep", ","), "lineterminator": "\n"}
+    plain, quoted = (csv.writer(file, quoting=how, **options) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
 
-    def append(rows) -> None:  # as GLUE writes it: without quotes
-        for row in zip(*read_columns(output, rows, list(rows.columns)), strict=True):
-            fields = ["" if value is None else str(value) for value in row]
-            if any(c in field for field in fields for c in "\t\n"):
-                what = f"a .tsv file cannot hold {visible(' | '.join(fields), 80)!r}, with a tab or two lines"
-                raise InputError(f"--output {output}: {what}; name a .csv file")
-            file.write("\t".join(fields) + "\n")
+    def write_row(row: list) -> None:
+        fields = ["" if value is None else str(value) for value in row]
+        if suffix == ".csv":
+            has_return = any("\r" in field for field in fields)  # which csv quotes only where it ends lines
+            (quoted if has_return else plain).writerow(fields)
+        elif any(c in field for field in fields for c in "\t\r\n"):
+            what = f"a .tsv file cannot hold {visible(' | '.join(fields), 80)!r}, with a tab or two lines"
+            raise InputError(f"--output {args.output}: {what}; name a .csv file")
+        else:
+            file.write("\t".join(fields) + "\n")  # as GLUE writes it: without quotes
 
-    append(header)
+    def append(rows) -> None:
+        for row in zip(*read_columns(args.output, rows, list(rows.columns)), strict=True):
+            write_row(row)
+
+    write_row([*table.attrs.get("header", table.columns), *columns])
     return append
 
 
-def json_line(row: dict) -> str:
-    """A row as JSON; what a row of the file did not have is NaN in its table, and left out again."""
+def open_parquet(
+    path: Path, table, columns: list[str], args: argparse.Namespace, files: contextlib.ExitStack
+) -> Callable:
+    """A function that appends rows to a new Parquet file, with the types of --file where it is one, too."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if is_table(args.file) and args.file.suffix.lower() == ".parquet":
+            schema = parquet.read_schema(args.file)
+        else:
+            schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
+        for name, kind in zip(columns, itertools.cycle([pyarrow.string(), pyarrow.float64()])):
+            schema = schema.append(pyarrow.field(name, kind))
+        writer = files.enter_context(parquet.ParquetWriter(path, schema))
+    except (pyarrow.ArrowException, OverflowError, TypeError) as error:
+        raise InputError(f"--output {args.output}: {reason(error)}; name a .jsonl file") from error
+    return lambda rows: writer.write_table(pyarrow.Table.from_pandas(rows, schema, preserve_index=False))
+
+
+def json_line(row: dict, was_json: bool) -> str:
+    """A row as JSON. What a row of a JSON file did not have is NaN in its table, and left out again."""
     import pandas
 
-    kept = {k: None if v is pandas.NA else v for k, v in row.items() if not (isinstance(v, float) and v != v)}
-    return json.dumps(kept, ensure_ascii=False, default=str) + "\n"
+    kept = {}
+    for key, value in row.items():
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        if is_number or not was_json:
+            kept[key] = None if value is pandas.NA or not is_number else value
+    return json.dumps(kept, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def serve(models: list[Model], args: argparse.Namespace) -> None:
-    """A page on this machine alone: a sentence with its labels and words, or a table with its answers."""
+    """A page on this machine: a sentence with its labels and words, or a file with its answers."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise InputError("--web needs Gradio: pip install -r tests/requirements-web.txt") from error
-    args.explain = True
+    args.explain, lock = True, threading.Lock()  # models on one base share its tokenizer: one call at a time
 
     def ask(text: str) -> list:
-        answers = [classify(model, [text], args)[0] for model in models]
-        pairs = zip(answers, models, strict=True)
-        shown = [
-            (words_of(a | {"words": []}, model), a["probabilities"] or None, a.get("words"))
-            for a, model in pairs
-        ]
-        return list(itertools.chain(*shown))
+        shown = []
+        for model in models:
+            with lock:
+                (answer,) = classify(model, [text], args)
+            words = answer.pop("words", None)
+            shown += [words_of(answer, model), answer["probabilities"] or None, words]
+        return shown
 
     def answer_file(name: str) -> str:
-        output = (
-            Path(tempfile.mkdtemp())
-            / f"answers{Path(name).suffix if Path(name).suffix in ANSWERS else '.csv'}"
-        )
-        own = vars(args) | {"file": Path(name), "output": output, "explain": False}
+        suffix = Path(name).suffix.lower()
+        output = Path(tempfile.mkdtemp(dir=folder), f"answers{suffix if suffix in ANSWERS else '.csv'}")
+        own = argparse.Namespace(**vars(args) | {"file": Path(name), "output": output, "explain": False})
         try:
-            write_answers(models, read_texts(argparse.Namespace(**own)), argparse.Namespace(**own))
+            with lock:
+                table = read_file(own.file) if is_table(own.file) else None
+                write_answers(models, read_texts(own, table), table, own)
         except InputError as error:
-            raise gradio.Error(visible(error, 500)) from error
+            raise gradio.Error(str(error).replace(name, own.file.name), print_exception=False) from error
         return str(output)
 
-    with gradio.Blocks(title="LoRA playground") as page:
+    with gradio.Blocks(title="LoRA playground") as page, tempfile.TemporaryDirectory() as folder:
         text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
         for model in models:
-            parts.append(gradio.Textbox(label=model.name))
-            parts.append(gradio.Label(label="probabilities", num_top_classes=10, show_heading=False))
-            parts.append(
-                gradio.HighlightedText(label="what is lost where a word is masked", show_legend=True)
-            )
+            parts += [
+                gradio.Textbox(label=model.name),
+                gradio.Label(label="probabilities", show_heading=False),
+            ]
+            parts += [gradio.HighlightedText(label="what is lost where a word is masked", show_legend=True)]
         text.submit(ask, text, parts)
-        if sentences := own_sentences(models[0]):
-            gradio.Examples(
-                [[one] for one in sentences], text, parts, ask, run_on_click=True, label="Of the validation"
-            )
-        file = gradio.File(label=f"A file of sentences: one a line, or a table ({', '.join(FORMATS)})")
+        if sentences := [[one] for one in own_sentences(models[0])]:
+            gradio.Examples(sentences, text, parts, ask, run_on_click=True, label="Validation sentences")
+        file = gradio.File(label="Sentences, one a line, or a table", file_types=[".txt", *FORMATS])
         file.upload(answer_file, file, gradio.File(label="The same with its answers"))
-    share = "COLAB_RELEASE_TAG" in os.environ  # whose browser is elsewhere
-    page.launch(server_name="127.0.0.1", share=share, inbrowser=on_terminal(), footer_links=[])
+        share = "COLAB_RELEASE_TAG" in os.environ  # whose browser is elsewhere: a public link
+        page.launch(server_name="127.0.0.1", share=share, inbrowser=on_terminal(), footer_links=[])
 
 
 def own_sentences(model: Model) -> list[str]:
@@ -569,13 +604,15 @@ def own_sentences(model: Model) -> list[str]:
     return []
 
 
-def write_glue(model: Model, args: argparse.Namespace) -> None:
+def write_glue(model: Model, table, args: argparse.Namespace) -> None:
     """GLUE's submission file for SST-2, whose test split has no public labels."""
     if len(model.label_names) != 2:
         raise InputError(
             f"--glue: SST-2 has 2 labels, but this model {len(model.label_names)}; choose another"
         )
-    texts, index = read_table(args, "index") if args.file else read_glue_test()
+    if args.file and table is None:
+        raise InputError(f"--file {args.file}: give a table that ends in {listed(FORMATS)}")
+    texts, index = texts_of(args, table, "index") if args.file else read_glue_test()
     predictions = []
     for chunk in chunks(texts, progress=on_terminal()):
         tokens, _ = read_tokens(chunk, model)
@@ -633,19 +670,21 @@ def main(argv: list[str] | None = None) -> None:
     paths = choose_models(args)
     if args.export:
         return export(paths[0], args)
-    asked = args.sentences or args.file or args.glue or args.web
-    prompted = not asked and not args.output and sys.stdin is not None and sys.stdin.isatty()
-    texts = [] if prompted or args.glue or args.web or args.label_column else read_texts(args)
+    asked = args.sentences or args.file or args.glue or args.web or args.output
+    prompted = not asked and sys.stdin is not None and sys.stdin.isatty()
+    table = read_file(args.file) if is_table(args.file) else None
+    reads_texts = not (prompted or args.glue or args.web or args.label_column)
+    texts = read_texts(args, table) if reads_texts else []
     models = load_all(paths, args.base)
     check_unsure(models, args)
     if args.web:
         serve(models, args)
     elif args.glue:
-        write_glue(models[0], args)
+        write_glue(models[0], table, args)
     elif args.label_column:
-        judge(models, args)
+        judge(models, table, args)
     elif args.output:
-        write_answers(models, texts, args)
+        write_answers(models, texts, table, args)
     elif prompted:
         prompt(models, args)
     else:
@@ -692,13 +731,12 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
     jobs = [flag for flag, given in (jobs | {"--label-column": args.label_column}).items() if given]
     if len(jobs) > 1:
         raise InputError(f"{' and '.join(jobs)}: one at a time; leave the rest out")
-    is_table = args.file and args.file.suffix.lower() in FORMATS
-    if args.sentences and (jobs and (jobs != ["--output"] or is_table)):
+    if args.sentences and (jobs and (jobs != ["--output"] or is_table(args.file))):
         raise InputError(f"{jobs[0]} answers no sentences of the command line; leave them out")
     if args.file and jobs and jobs[0] in ("--export", "--web"):
         raise InputError(f"{jobs[0]} reads no --file; leave it out")
-    if args.label_column and not is_table:
-        raise InputError(f"--label-column needs a table in --file that ends in {listed(FORMATS)}")
+    if args.label_column is not None and not (args.label_column and is_table(args.file)):
+        raise InputError(f"--label-column names a column of a table in --file: {listed(FORMATS)}")
     if args.explain and jobs and not args.web:
         raise InputError(f"{jobs[0]} explains no words; leave out --explain")
     if args.json and jobs and not args.label_column:
@@ -711,6 +749,9 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
         raise InputError(f"--glue {args.glue}: something else stands there; name another file to write to")
     if args.export and any(args.export.glob("*")):
         raise InputError(f"--export {args.export}: that folder has files in it; name a new one")
+    twice = [path for path, count in Counter(map(os.path.realpath, args.model or [])).items() if count > 1]
+    if twice:
+        raise InputError(f"--model {twice[0]} is named twice; name each once")
     paths = args.model or [path for path in TRAINED if path.exists()] or [p for p in DEMOS if p.exists()]
     if not paths:
         raise InputError(
@@ -723,13 +764,19 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
 
 
 def check_new_file(args: argparse.Namespace) -> None:
-    """Raise InputError, or OSError, for an --output that cannot be written or that stands there already."""
+    """Raise InputError for an --output that stands there already, cannot be written, or has no input."""
     if args.output.suffix.lower() not in ANSWERS:
         raise InputError(f"--output {args.output}: give a name that ends in {listed(ANSWERS)}")
     if args.output.exists() or args.output.is_symlink():
         raise InputError(f"--output {args.output}: there is something already; name a new file")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    probe_place(args.output.resolve().parent, args.output.name)
+    if not args.file and not args.sentences and (sys.stdin is None or sys.stdin.isatty()):
+        raise InputError("--output: there is nothing to answer; give a --file, sentences or a pipe")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        probe_place(args.output.resolve().parent, args.output.name)
+    except OSError as error:
+        what = f"cannot write there ({error.strerror or reason(error)}); name another place"
+        raise InputError(f"--output {args.output}: {what}") from error
 
 
 def check_unsure(models: list[Model], args: argparse.Namespace) -> None:

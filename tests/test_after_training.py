@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import datasets
 import pandas
 import pyarrow
 import pytest
@@ -50,7 +51,11 @@ def test_judging_gives_the_counts_the_interval_and_the_surest_mistakes(here: Pat
     assert said[0] == "LoRA_scratch: 12 sentences"
     assert said[1] == "its surest mistakes, of 2; or the label is wrong:"
     assert {line.split()[1] for line in said[2:4]} == {"12,", "13,"}  # rows of the file, the blank one counted
-    assert "| a warm and funny film" in "".join(said[2:4]) and "positive: negative" in "".join(said[2:4])
+    assert {" ".join(line.split()[2:6]) for line in said[2:4]} == {
+        "given negative, answered positive",
+        "given positive, answered negative",
+    }
+    assert "| a warm and funny film" in "\n".join(said[2:4])
     assert said[-1] == "accuracy 83.33 % (10/12), 95 % between 55 and 95" and said[-2].startswith("macro-F1 83.3 %")
     (found,) = ask_json("--model", SCRATCH, "--file", table, "--label-column", "about")
     assert (found["correct"], found["total"], found["unsure"]) == (10, 12, 0)
@@ -86,7 +91,7 @@ def test_a_label_that_the_model_does_not_know_is_named_counted_and_wrong(here: P
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a film", "x"), ("a story", "y")], r"none of its labels \(x, y\) is one of the model's: negative, positive"),
+        ([("a film", "x"), ("a story", "y")], r"knows negative, positive, but 2 of 2 rows say x \(1\), y \(1\)"),
         ([(" ", "positive")], "no sentence to judge by"),
         ([("a film", "")], r"t.csv: row 1: '' is no label"),
         ([("a film", "0.5"), ("it", "1")], "2 different numbers in 'label', 0.5 among them"),
@@ -102,6 +107,29 @@ def test_macro_f1_is_the_mean_over_labels_that_occur() -> None:
     confusion = torch.tensor([[3, 1, 0, 0], [2, 4, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])  # the last: nowhere
     by_hand = [2 * 3 / (2 * 3 + 1 + 3), 2 * 4 / (2 * 4 + 2 + 1), 0.0]
     assert macro_f1(confusion) == pytest.approx(100 * sum(by_hand) / 3)
+
+
+def test_class_names_in_the_file_are_its_labels_as_in_training(here: Path, tmp_path: Path) -> None:
+    names = ["positive", "negative"]  # the other way round than the model's
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = {"text": [text for text, _ in ROWS], "label": [names.index(label) for _, label in ROWS]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "t.parquet")
+    (found,) = ask_json("--model", SCRATCH, "--file", tmp_path / "t.parquet", "--label-column", "label")
+    assert (found["correct"], found["total"]) == (10, 10)
+
+
+def test_number_labels_of_a_model_are_names_and_no_places(tiny_base: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [(text, 1 + (label == "positive")) for text, label in ROWS])
+    lora_scratch.main(flags(tiny_base, table, "--max-steps", 1, "--output", tmp_path / "a.pt"))
+    other = write_csv(tmp_path / "o.csv", [("a film", 0), ("it", 0)])
+    with pytest.raises(InputError, match=r"knows 1, 2, but 2 of 2 rows say 0 \(2\)"):
+        ask("--model", tmp_path / "a.pt", "--file", other, "--label-column", "label")
+
+
+def test_one_label_in_the_file_says_nothing_about_learning(here: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [("I loved it", "positive")])
+    said = ask("--model", SCRATCH, "--file", table, "--label-column", "label")
+    assert "accuracy 100.00 % (1/1)" in said and "nothing is learnt" not in said
 
 
 # --- Compare
@@ -154,6 +182,43 @@ def test_a_csv_keeps_every_column_row_and_character(here: Path, tmp_path: Path) 
     assert [row[-2] for row in found[1:]] == ["positive", "", "negative"] and found[2][-1] == ""
     expected = [answer["probabilities"][answer["label"]] for answer in ask_json("--model", SCRATCH, rows[0][2])]
     assert float(found[1][-1]) == pytest.approx(expected[0], abs=1e-5)
+
+
+def test_a_carriage_return_a_long_list_and_a_blank_line_stay_in_their_rows(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'id,text\n1,"good\rfilm"\n2,I hated it\n')
+    ask("--model", SCRATCH, "--file", tmp_path / "t.csv", "--output", tmp_path / "a.csv")
+    assert [row[:2] for row in read_csv(tmp_path / "a.csv")[1:]] == [["1", "good\rfilm"], ["2", "I hated it"]]
+    assert pandas.read_csv(tmp_path / "a.csv")["text"].tolist() == ["good\rfilm", "I hated it"]
+    long = [*range(3000)]
+    parquet.write_table(pyarrow.table({"text": ["I loved it"], "list": [long]}), tmp_path / "l.parquet")
+    ask("--model", SCRATCH, "--file", tmp_path / "l.parquet", "--output", tmp_path / "l.csv")
+    csv.field_size_limit(10**6)
+    assert json.loads(read_csv(tmp_path / "l.csv")[1][1]) == long
+    (tmp_path / "b.csv").write_text("text\nI loved it\n\nI hated it\n", encoding="utf-8")
+    ask("--model", SCRATCH, "--file", tmp_path / "b.csv", "--output", tmp_path / "c.csv")
+    assert [row[:2] for row in read_csv(tmp_path / "c.csv")[1:]] == [
+        ["I loved it", "positive"],
+        ["", ""],
+        ["I hated it", "negative"],
+    ]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(here: Path, tmp_path: Path, monkeypatch) -> None:
+    table, output = write_csv(tmp_path / "t.csv", ROWS), tmp_path / "a.csv"
+    real = playground.classify
+    monkeypatch.setattr(playground, "classify", lambda *rest: output.write_text("mine") and real(*rest))
+    with pytest.raises(InputError, match="meanwhile"):
+        ask("--model", SCRATCH, "--file", table, "--output", output)
+    assert output.read_text() == "mine" and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_gpu_is_told_as_such(here: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(playground, "classify", full)
+    with pytest.raises(torch.OutOfMemoryError):  # run names the remedy
+        ask("--model", SCRATCH, "--file", write_csv(tmp_path / "t.csv", ROWS), "--output", tmp_path / "a.csv")
 
 
 def test_a_spreadsheets_mark_and_semicolons_stay(here: Path, tmp_path: Path) -> None:
@@ -210,7 +275,23 @@ def test_parquet_keeps_its_types(here: Path, tmp_path: Path) -> None:
         assert found[name].to_pylist() == columns[name]
     assert found["label"].to_pylist() == ["positive", None, "negative"] and found["probability"].null_count == 1
     ask("--model", SCRATCH, "--file", tmp_path / "t.parquet", "--output", tmp_path / "a.jsonl")
-    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[1])["n"] is None
+    row = json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    assert row["n"] is None and row["half"] is None  # JSON has no NaN
+
+
+def test_pandas_reads_the_parquet_file_and_its_categories_and_index_stay(here: Path, tmp_path: Path) -> None:
+    frame = pandas.DataFrame(
+        {"text": ["I loved it", "I hated it"], "kind": pandas.Categorical(["x", "y"]), "list": [[1], [2, 3]]},
+        index=["one", "two"],
+    )
+    frame.to_parquet(tmp_path / "t.parquet")
+    ask("--model", SCRATCH, "--file", tmp_path / "t.parquet", "--output", tmp_path / "a.parquet")
+    found = pandas.read_parquet(tmp_path / "a.parquet")
+    assert found.index.tolist() == ["one", "two"] and found["kind"].dtype == "category"
+    assert found["list"].map(list).tolist() == [[1], [2, 3]] and found["label"].tolist() == ["positive", "negative"]
+    (tmp_path / "j.jsonl").write_text('{"text": "a", "list": [1], "more": {"a": 1}}\n', encoding="utf-8")
+    ask("--model", SCRATCH, "--file", tmp_path / "j.jsonl", "--output", tmp_path / "j.parquet")
+    assert pandas.read_parquet(tmp_path / "j.parquet")["more"].tolist() == [{"a": 1}]
 
 
 @pytest.mark.parametrize("suffix", playground.ANSWERS)
@@ -247,12 +328,14 @@ def test_lines_of_any_length_take_little_memory(here: Path, tmp_path: Path) -> N
         patch.setattr(
             playground, "classify", lambda model, chunk, args: seen.append(len(taken)) or real(model, chunk, args)
         )
-        playground.write_answers(models, lines(), args)
+        playground.write_answers(models, lines(), None, args)
     assert seen[0] <= 1024 + 1 and max(b - a for a, b in itertools.pairwise(seen)) <= 1024
 
 
-def test_a_mixed_column_that_parquet_cannot_hold_is_refused(here: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "x"}\n', encoding="utf-8")
+@pytest.mark.parametrize("values", [[1, '"x"'], [2**70], ["{}"]])
+def test_a_column_that_parquet_cannot_hold_is_refused(values: list, here: Path, tmp_path: Path) -> None:
+    rows = [f'{{"text": "a", "n": {n}}}\n' for n in values]
+    (tmp_path / "t.jsonl").write_text("".join(rows), encoding="utf-8")
     with pytest.raises(InputError, match=r"--output .*a\.parquet: .*; name a \.jsonl file"):
         ask("--model", SCRATCH, "--file", tmp_path / "t.jsonl", "--output", tmp_path / "a.parquet")
     assert not (tmp_path / "a.parquet").exists()
@@ -269,6 +352,7 @@ def test_a_mixed_column_that_parquet_cannot_hold_is_refused(here: Path, tmp_path
         (["--output", "a.csv", "--explain"], "--output explains no words"),
         (["--output", "a.csv", "a sentence"], "leave them out"),
         (["--web"], "--web reads no --file"),
+        (["--label-column", ""], "--label-column names a column"),
         (["--unsure", "50", "--glue", "a.tsv"], "--glue takes every answer"),
     ],
 )
@@ -285,10 +369,18 @@ def test_flags_that_do_not_go_together_and_files_that_stand_there_are_refused(
     assert Path("there.csv").read_text() == "mine" and not Path("a.csv").exists()
 
 
+def test_a_model_is_named_once_and_output_needs_something_to_answer(here: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(InputError, match="is named twice"):
+        ask("--model", SCRATCH, "--model", f"./{SCRATCH}", "I loved it")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(InputError, match="there is nothing to answer"):
+        ask("--model", SCRATCH, "--output", tmp_path / "a.csv")
+
+
 def test_label_column_needs_a_table(here: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a")
     for more in ([], ["--file", tmp_path / "t.txt"]):
-        with pytest.raises(InputError, match="--label-column needs a table in --file"):
+        with pytest.raises(InputError, match="--label-column names a column of a table in --file"):
             ask("--model", SCRATCH, "--label-column", "label", *more)
 
 
@@ -317,6 +409,10 @@ def test_a_label_of_that_name_is_refused_and_all_can_be_unsure(here: Path, tiny_
     lora_scratch.main(flags(tiny_base, table, "--max-steps", 1, "--output", tmp_path / "a.pt"))
     with pytest.raises(InputError, match=r"--unsure: 'unsure' is a label of .*a\.pt"):
         ask("--model", tmp_path / "a.pt", "--unsure", 50, "I loved it")
+    with pytest.raises(InputError, match=r"--unsure: 'unsure' is a label of .*t\.csv"):
+        ask("--model", SCRATCH, "--unsure", 50, "--file", table, "--label-column", "label")
+    (found,) = ask_json("--model", tmp_path / "a.pt", "--file", table, "--label-column", "label")
+    assert found["total"] == 10 and found["unsure"] == 0  # a label like any other
     rows = write_csv(tmp_path / "r.csv", [("the", "positive")])
     (found,) = ask_json("--model", SCRATCH, "--unsure", 100, "--file", rows, "--label-column", "label")
     assert found["total"] == 0 and "accuracy" not in found
