@@ -7,9 +7,8 @@ A pretrained linear layer stays frozen. Two small matrices beside it learn a cor
 B starts at zero, so training starts from exactly the pretrained encoder. Only A, B and the
 classification head are saved: 3 MB instead of 268. Merged, W + (alpha / r) · B A is a plain layer.
 
-How to read this file: down to the line PLUMBING it is the whole idea, from the inside out: the
-layer, where it goes, the training, the run. What a tool needs besides (tables, files, resuming,
-flags, messages) stands below that line, and the story calls it by name.
+How to read this file: down to the line PLUMBING it is the whole idea, from the inside out. What a
+tool needs besides (tables, files, flags, messages) stands below, and the story calls it by name.
 
     python lora_scratch.py                      # DistilBERT on SST-2
     python lora_scratch.py --freeze-head        # the published recipe: A and B alone, 0.22 %
@@ -146,6 +145,7 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    label_weights = weigh_labels(train_set.labels, model) if args.balance else None  # None: all alike
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     scheduler = LambdaLR(optimizer, warmup_then_decay(args.warmup, total_steps))
@@ -159,13 +159,13 @@ def train(
             if batch_number == 0 or step == first_step:  # every epoch has an order of its own
                 model.train()
                 batches = make_batches(train_set.lengths, args.batch_size, 1000 * args.seed + epoch)
-            share, weight = own_share(batches[batch_number])  # one process: the whole batch, weight 1
+            share, weight = own_share(batches[batch_number])  # one process: all of it, 1 / sentences
             inputs, labels = collate(train_set, share, model), train_set.labels[share].to(model.device)
 
             # ---- one step of training ----
             with autocast(model):  # in the type of the frozen base
                 logits = network(**inputs).logits  # (sentences, labels)
-            loss = weight * F.cross_entropy(logits.float(), labels)
+            loss = weight * F.cross_entropy(logits.float(), labels, label_weights, reduction="sum")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
@@ -952,6 +952,13 @@ def number_labels(
     return {label: i for i, label in enumerate(known)}, names or class_names or known
 
 
+def weigh_labels(labels: Tensor, model: nn.Module) -> Tensor:
+    """(labels,): rare ones more, so that each label has the same weight in all and a row 1 on average."""
+    counts = torch.bincount(labels, minlength=model.config.num_labels)
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
+    return weights.to(model.device)
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 FORMAT = 1  # of the checkpoint; a reader refuses a number that it does not know
@@ -1159,7 +1166,7 @@ class TrainingState:
     """
 
     MUST_MATCH = ("lr", "epochs", "max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm")
-    MUST_MATCH += ("seed", "train_samples", "freeze_head", "use_dora")
+    MUST_MATCH += ("seed", "train_samples", "freeze_head", "use_dora", "balance")
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, facts: dict, dtype: torch.dtype):
         self.path = args.output.with_name(f"{args.output.name}.state")
@@ -1338,13 +1345,14 @@ def share_gradients(model: nn.Module, seed: int) -> nn.Module:
 
 
 def own_share(batch: list[int]) -> tuple[list[int], float]:
-    """This process's part of a batch, and the weight that makes the mean of all gradients the batch's.
+    """This process's part of a batch, and what its sum of losses is multiplied by.
 
-    Of a short batch a process may get nothing: it computes the first sentence, with weight 0.
+    The mean over all processes is then the mean over the batch. Of a short batch a process may get
+    nothing: it computes the first sentence, with weight 0.
     """
     rank, ranks = rank_and_size()
     share = batch[rank::ranks]
-    return share or batch[:1], ranks * len(share) / len(batch)
+    return share or batch[:1], ranks / len(batch) if share else 0.0
 
 
 def own_batches(batches: list[list[int]]) -> list[list[int]]:
@@ -1722,6 +1730,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     recipes = ["auto", *RECIPES]
     add("--recipe", choices=recipes, default="auto", help="auto: published for SST-2, own for other data")
+    add("--balance", action="store_true", help="weigh the loss by label, rare ones more (default: off)")
     add("--epochs", type=count, help="times through the data (default: the recipe's)")
     add("--max-steps", type=count, metavar="N", help="stop after N steps instead (default: off)")
     add("--batch-size", type=count, default=16, help="sentences a step (default: %(default)s)")

@@ -35,6 +35,7 @@ GOOD = "a warm and funny film|one of the best of the year|it never bores|great a
 BAD = "a cold and dull film|one of the worst of the year|it never ends|poor acting and a lazy script|I hated it"
 WORDS = sorted({word for text in (GOOD, BAD) for word in text.lower().replace("|", " ").split()})
 SENTENCES = Tokens.from_lists([[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3], [2, 3], [2, *range(5, 30), 3]])
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SCRATCH, PEFT = map(str, playground.TRAINED)
 

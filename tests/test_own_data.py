@@ -1,11 +1,14 @@
 """A user's own table: the recipe that follows it, what is told about it, the columns found, the result's interval."""
 
+import csv
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, flags
+from conftest import NO_DROPOUT, Run, flags
 
 import lora_peft
 import lora_scratch
@@ -184,3 +187,46 @@ def test_a_run_that_learnt_nothing_says_so(matrix: list, why: str, capsys) -> No
 def test_a_run_ends_with_its_interval(tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
     lora_scratch.main(flags(tiny_base, tiny_data, "--max-steps", 1, "--output", tmp_path / "a.pt"))
     assert ", 95 % between " in capsys.readouterr().out.splitlines()[-2]
+
+
+# --- Uneven labels
+
+
+def test_label_weights_are_the_balanced_ones_and_one_on_average(tiny_base: Path) -> None:
+    model = lora_scratch.load_base(str(tiny_base), None, ["a", "b", "c", "never"], 128).model
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    weights = lora_scratch.weigh_labels(labels, model)
+    assert torch.allclose(weights[:3], torch.tensor([10 / (3 * 6), 10 / (3 * 3), 10 / 3]))  # rows / (labels · count)
+    assert weights[labels].mean().item() == pytest.approx(1) and weights.isfinite().all()
+
+
+@pytest.mark.parametrize("script", [lora_scratch, lora_peft])
+def test_balance_weighs_each_sentences_loss(script, tiny_base: Path, tmp_path: Path, monkeypatch) -> None:
+    """The first loss of an uneven table is the weighted mean of the sentences' own losses."""
+    rows = [(f"a film {i}", "no") for i in range(9)] + [("it never ends", "yes")] * 3
+    for name in ("train", "dev"):
+        with open(tmp_path / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("sentence", "label"), *rows])
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | NO_DROPOUT), encoding="utf-8")
+    found = {}
+    real = lora_scratch.evaluate
+
+    def spy(model, sentences, batch_size):
+        logits = lora_scratch.predict(model, sentences, batch_size)
+        found["losses"] = torch.nn.functional.cross_entropy(logits, sentences.labels, reduction="none")
+        found["labels"] = sentences.labels
+        return real(model, sentences, batch_size)
+
+    monkeypatch.setattr(lora_scratch, "evaluate", spy)
+    more = ["--lr", 0, "--dropout", 0, "--batch-size", 12, "--max-steps", 1]  # so the model stays as it starts
+    losses = []
+    for balance in ([], ["--balance"]):
+        output = tmp_path / f"{len(balance)}{'.pt' if script is lora_scratch else ''}"
+        script.main(flags(base, tmp_path, *more, *balance, "--output", output))
+        losses.append(json.loads(output.with_suffix(".json").read_text("utf-8"))["epochs"][0]["train_loss"])
+    weights = torch.tensor([12 / (2 * 9), 12 / (2 * 3)])[found["labels"]]
+    assert losses[0] == pytest.approx(found["losses"].mean().item(), abs=1e-4)
+    assert losses[1] == pytest.approx((weights * found["losses"]).mean().item(), abs=1e-4)
+    assert abs(losses[0] - losses[1]) > 1e-3
