@@ -889,6 +889,9 @@ def tell_about(
     if seen:
         note(f"{args.dataset}: {seen:,} validation texts are among the training rows: the result is too good")
     counts = table["label"].value_counts()
+    folded = counts.groupby(counts.index.str.casefold()).apply(lambda group: list(group.index))
+    for alike in folded[folded.map(len) > 1].head(3):
+        note(f"{args.dataset}: labels that differ in case alone are different labels: {listed(alike)}")
     few = [f"{label} ({count})" for label, count in counts.items() if count < 10]
     if few:
         note(f"{args.dataset}: labels with fewer than ten rows: {listed(few, 10)}")
@@ -1489,7 +1492,11 @@ def calibrate(model: nn.Module, sentences: Tokens, args: argparse.Namespace) -> 
     last layer, so every format has it. No answer changes. Returns 1, which changes nothing, for a frozen
     head and for fewer than LEAST_HELD_OUT sentences.
     """
-    if args.freeze_head or len(sentences) < LEAST_HELD_OUT:
+    if args.freeze_head:
+        return 1.0
+    if len(sentences) < LEAST_HELD_OUT:
+        what = f"from {len(sentences)} validation sentences, so the percentages may be far too sure"
+        print(f"{'temperature':12}none {what}; {LEAST_HELD_OUT} are needed")
         return 1.0
     logits = predict(model, sentences, args.eval_batch_size)
     temperature = fit_temperature(logits, sentences.labels)
@@ -1760,7 +1767,8 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--log-every", type=count, default=20, metavar="N", help="steps a report, 10 N off a terminal (20)")
     add("--save-every", type=count, default=500, metavar="N", help="steps a training state (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state beside --output")
-    add("--output", type=Path, default=Path(output), help="where the result goes (default: %(default)s)")
+    help = "where the result goes (default: %(default)s, for other data by its name)"
+    add("--output", type=Path, default=Path(output), help=help)
     return parser
 
 
@@ -1782,6 +1790,11 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argp
         args.dataset = LOCAL_DATA if Path(LOCAL_DATA).is_dir() else GLUE[0]
     if args.dataset == GLUE[0]:
         args.dataset_config = args.dataset_config or GLUE[1]
+    if args.dataset not in (GLUE[0], LOCAL_DATA, DEMO["dataset"]) and args.output == parser.get_default(
+        "output"
+    ):
+        stem = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"  # SST-2's model stays what it is
+        args.output = args.output.with_name(re.sub("distilbert_sst2|demo", stem, args.output.name))
     return args
 
 

@@ -216,6 +216,11 @@ def texts_of(args: argparse.Namespace, table, *more: str) -> list:
     """The texts of a table, or these and the values of more columns."""
     names = [name for name in table.columns if name not in more and not name.startswith("Unnamed:")]
     column = args.text_column or choose_column(str(args.file), table, "text", names, TEXT_NAMES)
+    if not args.text_column and len(column) > 40:
+        what = f"its first row looks like data and not like names of columns: {listed(names)}"
+        raise InputError(f"{args.file}: {what}; put a row of names above it")
+    if not args.text_column and column.lower() not in TEXT_NAMES.split():
+        note(f"{args.file}: {column!r} is taken for the text")
     texts, *others = read_columns(args.file, table, [column, *more])
     for i, text in enumerate(texts, start=1):
         check_text(f"{args.file}: row {i}", column, text)
@@ -302,6 +307,9 @@ def words_of(answer: dict, model: Model) -> str:
     label, width = visible(answer["label"]), max(map(len, model.label_names))
     note = f"  (cut to {model.max_length} tokens)" if "cut" in answer else ""
     line = f"{label[:1].upper() + label[1:]:{width}}  {percent(answer)}{note}"
+    if label == UNSURE and UNSURE not in model.label_names:
+        likeliest = max(answer["probabilities"], key=answer["probabilities"].get)
+        line = f"Unsure ({visible(likeliest)} {percent(answer)}){note}"
     words = []
     for word, effect in answer.get("words", []):
         words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
@@ -349,6 +357,8 @@ def judge(models: list[Model], table, args: argparse.Namespace) -> None:
     if args.unsure and UNSURE in labels:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
     given = [own_labels(args, model, labels) for model in models]  # before the long work
+    for model in models:
+        warn_if_trained_on(model, args)
     answers = [[] for _ in models]
     for chunk in chunks([texts[i] for i in rows], progress=on_terminal()):
         for model, found in zip(models, answers, strict=True):
@@ -383,6 +393,14 @@ def own_labels(args: argparse.Namespace, model: Model, labels: list[str]) -> lis
             f"{args.file}: labels that {model.name} does not know, so its answer is wrong: {listed(unknown)}"
         )
     return labels
+
+
+def warn_if_trained_on(model: Model, args: argparse.Namespace) -> None:
+    """Say so where the file that judges is the one that the model was trained on."""
+    with contextlib.suppress(OSError, LookupError, TypeError, AttributeError):
+        if args.file.samefile(model.facts["record"]["settings"]["dataset"]):
+            what = "was trained on most of these rows: look at its mistakes, not at its accuracy"
+            note(f"{args.file}: {model.name} {what}")
 
 
 def tell_judgement(model: Model, answers: list[dict], args: argparse.Namespace) -> None:
@@ -549,7 +567,8 @@ def json_line(row: dict, was_json: bool) -> str:
 
 def serve(models: list[Model], args: argparse.Namespace) -> None:
     """A page on this machine: a sentence with its labels and words, or a file with its answers."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    folder = tempfile.TemporaryDirectory()  # uploads and answers are gone when the page is
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     try:
         import gradio
     except ImportError as error:
@@ -567,7 +586,7 @@ def serve(models: list[Model], args: argparse.Namespace) -> None:
 
     def answer_file(name: str) -> str:
         suffix = Path(name).suffix.lower()
-        output = Path(tempfile.mkdtemp(dir=folder), f"answers{suffix if suffix in ANSWERS else '.csv'}")
+        output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix if suffix in ANSWERS else '.csv'}")
         own = argparse.Namespace(**vars(args) | {"file": Path(name), "output": output, "explain": False})
         try:
             with lock:
@@ -577,7 +596,7 @@ def serve(models: list[Model], args: argparse.Namespace) -> None:
             raise gradio.Error(str(error).replace(name, own.file.name), print_exception=False) from error
         return str(output)
 
-    with gradio.Blocks(title="LoRA playground") as page, tempfile.TemporaryDirectory() as folder:
+    with gradio.Blocks(title="LoRA playground") as page, folder:
         text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
         for model in models:
             parts += [
@@ -741,6 +760,8 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
         raise InputError(f"{jobs[0]} explains no words; leave out --explain")
     if args.json and jobs and not args.label_column:
         raise InputError(f"{jobs[0]} prints no JSON; leave out --json")
+    if 0 < args.unsure <= 1:
+        raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.unsure and (args.glue or args.export):
         raise InputError(f"{jobs[0]} takes every answer; leave out --unsure")
     if args.output:
@@ -754,9 +775,11 @@ def choose_models(args: argparse.Namespace) -> list[Path]:
         raise InputError(f"--model {twice[0]} is named twice; name each once")
     paths = args.model or [path for path in TRAINED if path.exists()] or [p for p in DEMOS if p.exists()]
     if not paths:
-        raise InputError(
-            "no adapter in model/ yet: python lora_scratch.py makes one, with --demo in a minute"
-        )
+        others = sorted(map(str, Path("model").glob("*.pt")))
+        if others:
+            raise InputError(f"no adapter of SST-2 or the demo; choose with --model among {listed(others)}")
+        what = "python lora_scratch.py makes one, with --demo in a minute"
+        raise InputError(f"no adapter in model/ yet: {what}")
     if (args.glue or args.export) and len(paths) > 1:
         among = ", ".join(map(str, paths))
         raise InputError(f"--glue and --export take one model; choose with --model among {among}")

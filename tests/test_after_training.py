@@ -132,6 +132,24 @@ def test_one_label_in_the_file_says_nothing_about_learning(here: Path, tmp_path:
     assert "accuracy 100.00 % (1/1)" in said and "nothing is learnt" not in said
 
 
+def test_judging_by_the_training_file_says_so(here: Path, tiny_base: Path, tmp_path: Path, capsys) -> None:
+    table = write_csv(tmp_path / "t.csv", ROWS)
+    lora_scratch.main(flags(tiny_base, table, "--max-steps", 1, "--output", tmp_path / "a.pt"))
+    capsys.readouterr()
+    ask("--model", tmp_path / "a.pt", "--file", table, "--label-column", "label")
+    assert "was trained on most of these rows: look at its mistakes" in capsys.readouterr().err
+    other = write_csv(tmp_path / "o.csv", ROWS)
+    ask("--model", tmp_path / "a.pt", "--file", other, "--label-column", "label")
+    assert "was trained" not in capsys.readouterr().err
+
+
+def test_a_table_without_names_of_columns_is_refused(here: Path, tmp_path: Path) -> None:
+    rows = [(f"a rather long sentence about film number {i}, and a dull one", "x") for i in range(9)]
+    table = write_csv(tmp_path / "t.csv", rows[1:], rows[0])
+    with pytest.raises(InputError, match="its first row looks like data"):
+        ask("--model", SCRATCH, "--file", table, "--output", tmp_path / "a.csv")
+
+
 # --- Compare
 
 
@@ -352,6 +370,7 @@ def test_a_column_that_parquet_cannot_hold_is_refused(values: list, here: Path, 
         (["--output", "a.csv", "--explain"], "--output explains no words"),
         (["--output", "a.csv", "a sentence"], "leave them out"),
         (["--web"], "--web reads no --file"),
+        (["--unsure", "0.8"], "--unsure 0.8: give percent, such as 80"),
         (["--label-column", ""], "--label-column names a column"),
         (["--unsure", "50", "--glue", "a.tsv"], "--glue takes every answer"),
     ],
@@ -394,7 +413,7 @@ def test_unsure_is_the_answer_below_the_given_probability_everywhere(here: Path,
     below = [100 * p < limit - 1e-4 for p in sure]
     question = ["--model", SCRATCH, "--unsure", limit - 1e-4]
     assert [answer["label"] == "unsure" for answer in ask_json(*question, *texts)] == below
-    assert [line.split()[1] == "Unsure" for line in ask(*question, *texts).splitlines()[1::2]] == below
+    assert ["Unsure (" in line for line in ask(*question, *texts).splitlines()[1::2]] == below
     table = write_csv(tmp_path / "t.csv", [(text, "positive") for text in texts])
     ask(*question, "--file", table, "--output", tmp_path / "a.csv")
     assert [row[-2] == "unsure" for row in read_csv(tmp_path / "a.csv")[1:]] == below

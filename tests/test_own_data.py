@@ -230,3 +230,28 @@ def test_balance_weighs_each_sentences_loss(script, tiny_base: Path, tmp_path: P
     assert losses[0] == pytest.approx(found["losses"].mean().item(), abs=1e-4)
     assert losses[1] == pytest.approx((weights * found["losses"]).mean().item(), abs=1e-4)
     assert abs(losses[0] - losses[1]) > 1e-3
+
+
+# --- Where it goes
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--dataset", "my reviews.csv"], "lora_scratch_my_reviews.pt"),
+        (["--dataset", "owner/name"], "lora_scratch_name.pt"),
+        (["--dataset", "folder/"], "lora_scratch_folder.pt"),
+        (["--dataset", "nyu-mll/glue"], "lora_scratch_distilbert_sst2.pt"),
+        ([], "lora_scratch_distilbert_sst2.pt"),
+        (["--dataset", "a.csv", "--output", "model/mine.pt"], "mine.pt"),
+    ],
+)
+def test_other_data_has_a_file_of_its_own_so_nothing_trained_is_replaced(more: list, name: str) -> None:
+    args = lora_scratch.parse_flags(make_parser("", "model/lora_scratch_distilbert_sst2.pt"), more)
+    assert args.output == Path("model") / name
+
+
+def test_labels_that_differ_in_case_alone_are_told(tmp_path: Path, capsys) -> None:
+    rows = "".join(f"text number {i},{label}\n" for i, label in enumerate(["Billing", "BILLING", "tech"] * 12))
+    path = write(tmp_path / "t.csv", f"text,label\n{rows}")
+    assert "labels that differ in case alone are different labels: Billing, BILLING" in "\n".join(told(path, capsys))
