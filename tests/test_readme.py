@@ -233,6 +233,16 @@ def test_the_tables_of_peoples_own_sentences_are_those_on_record() -> None:
     assert len(cells["cells"]) == 12 and all(len(cell["lora"]) == 3 for cell in cells["cells"].values())
     assert README.split("<!-- own -->")[1].split("<!-- /own -->")[0].strip() == own_tables.short_table(cells)
     assert TABLES.split("<!-- own-long -->")[1].split("<!-- /own-long -->")[0].strip() == own_tables.table(cells)
+    mpnet = own_tables.table(record("own_tables_mpnet"))
+    assert TABLES.split("<!-- own-mpnet -->")[1].split("<!-- /own-mpnet -->")[0].strip() == mpnet
+
+
+def test_the_cost_of_several_adapters_is_the_one_on_record() -> None:
+    found = record("several_adapters")["adapters"]
+    one, five = ({what: statistics.median(v) for what, v in found[count].items()} for count in ("1", "5"))
+    text = flat(TABLES)
+    assert f"after {one['seconds']:.1f} s with a peak of {one['megabytes']:,.0f} MB" in text
+    assert f"five after {five['seconds']:.1f} s with {five['megabytes']:,.0f} MB" in text
 
 
 def test_the_tables_of_what_comes_after_training_are_those_on_record() -> None:
