@@ -128,7 +128,7 @@ def outermost(base: Base) -> list[str]:
 
 def wrap(base: Base, config: LoraConfig, freeze_head: bool = False) -> PeftModel:
     """The base with PEFT's adapter in it; the head is trained unless frozen."""
-    # PEFT 0.21 asks transformers 5 for an attribute under its former name.
+    # The base may have moved, which is checked; PEFT 0.21 asks transformers 5 for an attribute's former name.
     warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed", UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     model = get_peft_model(base.model, config)

@@ -1790,9 +1790,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argp
         args.dataset = LOCAL_DATA if Path(LOCAL_DATA).is_dir() else GLUE[0]
     if args.dataset == GLUE[0]:
         args.dataset_config = args.dataset_config or GLUE[1]
-    if args.dataset not in (GLUE[0], LOCAL_DATA, DEMO["dataset"]) and args.output == parser.get_default(
-        "output"
-    ):
+    is_own = args.dataset not in (GLUE[0], LOCAL_DATA, DEMO["dataset"])
+    if is_own and args.output == parser.get_default("output"):
         stem = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"  # SST-2's model stays what it is
         args.output = args.output.with_name(re.sub("distilbert_sst2|demo", stem, args.output.name))
     return args

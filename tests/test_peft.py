@@ -46,10 +46,14 @@ def test_both_scripts_are_one_experiment(tiny_base: Path, tiny_data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_both_scripts_are_one_experiment_on_real_sentences(real_base: Path, sst2: Path, tmp_path: Path) -> None:
-    outcome = run_both(flags(real_base, sst2, "--max-steps", 50, "--precision", "fp32"), tmp_path)
+@pytest.mark.parametrize("more", [["--max-steps", 50, "--max-grad-norm", 0], ["--max-steps", 30]])
+def test_both_scripts_are_one_experiment_on_real_sentences(
+    more: list, real_base: Path, sst2: Path, tmp_path: Path
+) -> None:
+    """Each step differs by an ulp of the loss; with clipping that grows, so these are fewer steps."""
+    outcome = run_both(flags(real_base, sst2, *more), tmp_path)
     losses = [torch.tensor(outcome[script]["losses"]) for script in ("lora_peft", "lora_scratch")]
-    assert torch.allclose(*losses, rtol=0, atol=5e-6)  # rounding adds up: 1.2e-6 with AVX512, 2.4e-7 with AVX2
+    assert torch.allclose(*losses, rtol=0, atol=1e-6)
     assert len({outcome[script]["record"]["result"]["correct"] for script in outcome}) == 1
 
 
