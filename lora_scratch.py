@@ -341,6 +341,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     check_tokenizer(name, model, tokenizer, max_length)
     model.config.pad_token_id = tokenizer.pad_token_id
     compute_cls_only(model)
+    multiply_by_onednn(model)
     identity = identify(model, tokenizer, head)
     return Base(model, tokenizer, head, identity, getattr(config, "_commit_hash", None))
 
@@ -1659,8 +1660,9 @@ DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
 RECIPES = {  # what becomes of the flags that are not given; measured in tests/results/README.md
-    "published": {"lr": 2e-4, "epochs": 3, "warmup": 0.06},  # query and value
-    "own": {"targets": ["all-linear"], "lr": 1e-3, "epochs": 3, "warmup": 0.06},
+    "published": {"r": 8, "alpha": 16.0, "lr": 2e-4, "epochs": 3, "warmup": 0.06},  # query and value
+    "own": {"targets": ["all-linear"], "r": 8, "alpha": 16.0, "lr": 1e-3, "epochs": 3, "warmup": 0.06},
+    "best": {"targets": ["all-linear"], "r": 32, "alpha": 32.0, "lr": 5e-4, "epochs": 2, "warmup": 0.06},
 }
 LEAST_STEPS = 400  # of "own": fewer rows are seen more often
 MANY_LABELS = 20  # of "own": from there on the head has more to learn, and the rate is doubled
@@ -1722,13 +1724,9 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
         help="tokens; longer text is cut (%(default)s)",
     )
     add = parser.add_argument_group("LoRA").add_argument
-    add("--r", type=between(int, *RANGES["r"]), default=8, help="rank of the update (default: %(default)s)")
-    add(
-        "--alpha",
-        type=between(float, *RANGES["alpha"]),
-        default=16.0,
-        help="scaling = alpha / r (default: %(default)g)",
-    )
+    add("--r", type=between(int, *RANGES["r"]), help="rank of the update (default: the recipe's, 8)")
+    alpha = between(float, *RANGES["alpha"])
+    add("--alpha", type=alpha, help="scaling = alpha / r (default: the recipe's, 16)")
     dropout = between(float, *RANGES["dropout"])
     add("--dropout", type=dropout, default=0.1, help="on the LoRA branch (default: %(default)s)")
     add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: recipe)")
@@ -1736,7 +1734,12 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--freeze-head", action="store_true", help="leave the head at its random start: the published recipe")
     add = parser.add_argument_group("training").add_argument
     recipes = ["auto", *RECIPES]
-    add("--recipe", choices=recipes, default="auto", help="auto: published for SST-2, own for other data")
+    add(
+        "--recipe",
+        choices=recipes,
+        default="auto",
+        help="auto: published for SST-2, own for other data; best: most accurate on SST-2",
+    )
     add("--balance", action="store_true", help="weigh the loss by label, rare ones more (default: off)")
     add("--epochs", type=count, help="times through the data (default: the recipe's)")
     add("--max-steps", type=count, metavar="N", help="stop after N steps instead (default: off)")
@@ -2057,6 +2060,48 @@ def compute_cls_only(model: nn.Module) -> None:
         return block.output_layer_norm(block.ffn(cls) + cls)
 
     block.forward = forward
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (..., in) → x Wᵀ + b (..., out) in float32 by oneDNN; W (out, in) and b get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        product = torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], "")
+        return product, None, None
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer that lets oneDNN multiply wherever its weight is not trained, in float32 on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        trained = self.weight.requires_grad and torch.is_grad_enabled()
+        plain = (
+            x.dtype == self.weight.dtype == torch.float32
+            and x.device.type == self.weight.device.type == "cpu"
+        )
+        if trained or not plain or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return FrozenProduct.apply(x, self.weight, self.bias)
+
+
+def multiply_by_onednn(model: nn.Module) -> None:
+    """Let the linear layers use AVX512 on AMD's processors: 2.1 times as many products a second.
+
+    PyTorch gives float32 products to MKL, which takes AVX512 on Intel's processors alone. The results
+    differ by rounding. Elsewhere nothing changes, and products in bfloat16 go to oneDNN by themselves.
+    """
+    able = torch.cpu.get_capabilities()
+    if "AMD" in str(able.get("cpu_name")) and able.get("avx512_f") and torch.backends.mkldnn.is_available():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDNNLinear  # the same layer, tensors and all
 
 
 if __name__ == "__main__":
