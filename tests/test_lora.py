@@ -27,6 +27,7 @@ from lora_scratch import (
     Base,
     InputError,
     LoRALinear,
+    OneDNNLinear,
     Tokens,
     TrainingState,
     cast_base,
@@ -437,6 +438,29 @@ def test_ten_steps_with_dropout_lose_what_pefts_lose(tiny_base: Path, settings: 
 
 
 # --- The base model around it
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("shape", [(5, 24), (4, 7, 24), (24,), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_multiplies_as_float64_does(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias)
+    exact = copy.deepcopy(layer).double()
+    layer.requires_grad_(False)
+    layer.__class__ = OneDNNLinear
+    x = torch.randn(shape).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    weights = torch.randn(*shape[:-1], 40)
+    (layer(x) * weights).sum().backward()
+    (exact(y) * weights.double()).sum().backward()
+    assert torch.allclose(layer(x).double(), exact(y), rtol=0, atol=1e-5)
+    assert torch.allclose(x.grad.double(), y.grad, rtol=0, atol=1e-5)
+    copied = copy.deepcopy(layer)
+    copied.weight += 1  # as merge does: no copy may answer with the old weight
+    assert torch.allclose(copied(x), F.linear(x, copied.weight, copied.bias), rtol=0, atol=1e-4)
+    layer.requires_grad_(True)(x).sum().backward()  # a trained weight gets its gradient
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
