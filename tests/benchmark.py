@@ -156,8 +156,8 @@ def load(args: argparse.Namespace, plain: bool = False) -> tuple:
     """What `prepare` made, as lora_scratch.py reads it: its Base, and tables to train on and to answer."""
     import lora_scratch
 
-    if plain:  # as everybody else computes the last layer; this process is that recipe's own
-        lora_scratch.compute_cls_only = lambda model: None
+    if plain:  # the last layer and the products as everybody else computes them; this process is that recipe's own
+        lora_scratch.compute_cls_only = lora_scratch.multiply_by_onednn = lambda model: None
     flags = ["--dataset", str(args.folder / "data"), "--label-names", "negative", "positive"]
     train_set, lines, names = lora_scratch.load_tables(lora_scratch.make_parser("", "").parse_args(flags))
     return lora_scratch.load_base(str(args.folder), None, names, MAX_LENGTH), train_set, lines
@@ -275,11 +275,12 @@ def playground(row: Row, args: argparse.Namespace, turns: Turns) -> None:
     lora_scratch.inject_lora(base.model, base.head)
     lora_scratch.merge_lora(base.model)
     names = list(base.model.config.id2label.values())
-    model = script.Model("LoRA_scratch", path=args.folder, base=base, label_names=names, max_length=MAX_LENGTH)
+    facts = {"path": args.folder, "base": base, "label_names": names, "max_length": MAX_LENGTH, "facts": {}}
+    model = script.Model("LoRA_scratch", **facts)
     if row.kind == "playground-cast":  # the playground itself answers in float32 only
         lora_scratch.cast_base(base, lora_scratch.choose_precision(row.precision, torch.device(args.device)))
     base.model.to(args.device)
-    settings = argparse.Namespace(batch_size=32, explain=False, json=False)  # its defaults
+    settings = argparse.Namespace(batch_size=32, explain=False, json=False, unsure=0)  # its defaults
     for _ in turns:
         start = turns.now()
         script.answer_all([model], lines.text, settings, headed=True)

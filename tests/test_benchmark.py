@@ -59,7 +59,21 @@ def test_random_phrases_are_as_long_as_those_of_sst2() -> None:
 @pytest.mark.slow
 def test_a_small_run_writes_rates_and_ratios(tmp_path: Path) -> None:
     output = tmp_path / "folder" / "record.json"
-    flags = ["--only", "scratch", "trainer", "--rounds", "1", "--phrases", "20", "--lines", "1", "--threads", "1"]
+    flags = [
+        "--only",
+        "scratch",
+        "trainer",
+        "playground",
+        "pipeline-fp32-1",
+        "--rounds",
+        "1",
+        "--phrases",
+        "20",
+        "--lines",
+        "1",
+        "--threads",
+        "1",
+    ]
     flags += ["--layers", "1", "--dim", "32"]
     done = subprocess.run(
         [sys.executable, str(TESTS / "benchmark.py"), *flags, "--output", str(output)],
@@ -71,9 +85,12 @@ def test_a_small_run_writes_rates_and_ratios(tmp_path: Path) -> None:
     record = json.loads(output.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in record["rows"]}
     auto = record["settings"]["auto"]
-    assert rows.keys() == {f"{kind}-{p}" for kind in ("scratch", "trainer") for p in (auto, "fp32")}
-    for row in rows.values():
-        assert row["count"] == 20 and len(row["rounds"]) == 1 and row["rate"] > 0 and row["peak_mb"] > 50
+    trained = {f"{kind}-{p}" for kind in ("scratch", "trainer") for p in (auto, "fp32")}
+    assert rows.keys() == trained | {"playground-fp32", "pipeline-fp32-1"}
+    for name, row in rows.items():
+        assert row["count"] == (20 if name in trained else 1)
+        assert len(row["rounds"]) == 1 and row["rate"] > 0 and row["peak_mb"] > 50
+    for row in (rows[name] for name in trained):
         assert row["ratio"] == [rows[f"scratch-{auto}"]["rate"] / row["rate"]] * 3
     assert benchmark.markdown_table(record) in done.stdout
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
