@@ -2061,7 +2061,7 @@ def compute_cls_only(model: nn.Module) -> None:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (..., in) → x Wᵀ + b (..., out) in float32 by oneDNN; W (out, in) and b get no gradient."""
+    """x (rows, in) → x Wᵀ + b (rows, out) in float32 by oneDNN; W (out, in) and b get no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -2072,7 +2072,7 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         product = torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], "")
-        return product, None, None
+        return product, None, None  # (rows, in)
 
 
 class OneDNNLinear(nn.Linear):
@@ -2086,7 +2086,8 @@ class OneDNNLinear(nn.Linear):
         )
         if trained or not plain or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        return FrozenProduct.apply(x, self.weight, self.bias)
+        rows = FrozenProduct.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.view(*x.shape[:-1], self.out_features)  # made out here, so it may be changed in place
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
