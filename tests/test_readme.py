@@ -228,6 +228,18 @@ def test_the_speed_is_the_one_on_record() -> None:
     assert f"about {hours:.1f} hours on two CPU cores" in README and record("benchmark")["machine"]["threads"] == 2
 
 
+def test_what_onednn_gains_is_on_record() -> None:
+    found = [{row["kind"]: row for row in record(name)["rows"]} for name in ("onednn_before", "onednn")]
+    shown = TABLES.split("<!-- onednn -->")[1].split("<!-- /onednn -->")[0].strip().splitlines()[2:]
+    kinds = ("scratch", "peft", "trainer-grouped", "playground")
+    for line, kind in zip(shown, kinds, strict=True):
+        assert line.endswith("".join(f"| {rows[kind]['rate']:.1f} " for rows in found) + "|")
+    before, after = ([f"{r:.2f}" for r in rows["trainer-grouped"]["ratio_same_precision"]] for rows in found)
+    times = "{} ({}–{}) times as fast as the grouped Trainer, before {} ({}–{})".format(*after, *before)
+    assert times in flat(TABLES) and f"it is [{after[0]} times]" in flat(README)
+    assert all(len(row["rounds"]) == 2 for rows in found for row in rows.values())
+
+
 def test_the_tables_of_peoples_own_sentences_are_those_on_record() -> None:
     cells = record("own_tables")
     assert len(cells["cells"]) == 12 and all(len(cell["lora"]) == 3 for cell in cells["cells"].values())
