@@ -1660,11 +1660,12 @@ DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258
 LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
 RECIPES = {  # what becomes of the flags that are not given; measured in tests/results/README.md
-    "published": {"lr": 2e-4, "epochs": 3, "warmup": 0.06},  # query and value
-    "own": {"targets": ["all-linear"], "lr": 1e-3, "epochs": 3, "warmup": 0.06},
+    "published": {"lr": 2e-4, "batch_size": 16, "epochs": 3, "warmup": 0.06},  # query and value
+    "own": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 16, "epochs": 3, "warmup": 0.06},
+    "best": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 32, "epochs": 2, "warmup": 0.06},
 }
-LEAST_STEPS = 400  # of "own": fewer rows are seen more often
-MANY_LABELS = 20  # of "own": from there on the head has more to learn, and the rate is doubled
+LEAST_STEPS = 400  # but for "published": fewer rows are seen more often
+MANY_LABELS = 20  # but for "published": from there on the head has more to learn, and the rate is doubled
 WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
 
 
@@ -1737,11 +1738,16 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--freeze-head", action="store_true", help="leave the head at its random start: the published recipe")
     add = parser.add_argument_group("training").add_argument
     recipes = ["auto", *RECIPES]
-    add("--recipe", choices=recipes, default="auto", help="auto: published for SST-2, own for other data")
+    add(
+        "--recipe",
+        choices=recipes,
+        default="auto",
+        help="auto: published for SST-2, own for other data; best: tens of thousands of rows",
+    )
     add("--balance", action="store_true", help="weigh the loss by label, rare ones more (default: off)")
     add("--epochs", type=count, help="times through the data (default: the recipe's)")
     add("--max-steps", type=count, metavar="N", help="stop after N steps instead (default: off)")
-    add("--batch-size", type=count, default=16, help="sentences a step (default: %(default)s)")
+    add("--batch-size", type=count, help="sentences a step (default: the recipe's)")
     add("--eval-batch-size", type=count, default=32, help="sentences, evaluation (default: %(default)s)")
     add("--lr", type=between(float, 0, 1e3), help="peak rate of AdamW (default: the recipe's)")
     add("--warmup", type=share, help="share of the steps, then decay (default: the recipe's, 0.06)")
@@ -1804,20 +1810,21 @@ def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> None:
         is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL_DATA).resolve()
         args.recipe = "published" if is_sst2 else "own"
     recipe = dict(RECIPES[args.recipe])
-    if args.recipe == "own" and labels >= MANY_LABELS:
+    if args.recipe != "published" and labels >= MANY_LABELS:
         recipe["lr"] *= 2
-    if args.recipe == "own" and args.epochs is None:
-        if rows >= 20_000:
-            recipe["epochs"] = 1
-        if recipe["epochs"] * math.ceil(rows / args.batch_size) < LEAST_STEPS:
-            recipe["max_steps"] = LEAST_STEPS
+    if args.recipe == "own" and rows >= 20_000:
+        recipe["epochs"] = 1
+    steps = recipe["epochs"] * math.ceil(rows / (args.batch_size or recipe["batch_size"]))
+    if args.recipe != "published" and args.epochs is None and steps < LEAST_STEPS:
+        recipe["max_steps"] = LEAST_STEPS
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     targets = " ".join(args.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
     size = f"{rows:,} rows, {labels:,} labels"
-    print(f"{'recipe':12}{args.recipe}, {size}: {targets} layers, {args.lr:g}, {length}")
+    batch = f", batches of {args.batch_size}" if args.batch_size != 16 else ""
+    print(f"{'recipe':12}{args.recipe}, {size}: {targets} layers, {args.lr:g}, {length}{batch}")
 
 
 def check_output(args: argparse.Namespace, is_file: bool) -> None:
@@ -2031,14 +2038,24 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 
 def compute_cls_only(model: nn.Module) -> None:
-    """Let DistilBERT's last layer compute [CLS] alone, all that its head reads: 14 % less work.
+    """Let the last layer compute [CLS] alone, all that the head reads: 14 % less work for DistilBERT.
 
-    The logits change by rounding only (under 1e-6): keys and values still come from every token. Does
-    nothing to a model whose last layer is of another kind.
+    With BERT, RoBERTa, ELECTRA and MPNet this begins after attention: two thirds of the layer's weights.
+    The logits change by rounding only (under 1e-6): keys and values still come from every token.
+    Does nothing to a model whose last layer is of another kind.
     """
+    config = model.config
+    if config.model_type in ("bert", "roberta", "electra", "mpnet") and config.num_hidden_layers:
+        if not getattr(config, "chunk_size_feed_forward", 0):  # else the layer wants a multiple of it
+            attention = model.base_model.encoder.layer[-1].attention
+            attention.register_forward_hook(lambda _, inputs, output: (output[0][:, :1], *output[1:]))
+        return
     layers = [module for module in model.modules() if type(module).__name__ == "TransformerBlock"]
-    known = model.config.model_type == "distilbert" and model.config._attn_implementation in ("sdpa", "eager")
-    if not layers or not known:
+    if (
+        not layers
+        or config.model_type != "distilbert"
+        or config._attn_implementation not in ("sdpa", "eager")
+    ):
         return
     block, attention = layers[-1], layers[-1].attention
 

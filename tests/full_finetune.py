@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lora_scratch
 from lora_scratch import (
     InputError,
     TrainingState,
@@ -41,8 +42,11 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(make_parser(__doc__, "model/full_finetune"), argv)
     if args.output.is_file():
         raise InputError(f"--output {args.output}: a file stands there; name a folder")
-    device, _ = prepare_machine(args)
-    dtype = torch.float32  # whatever --precision says: what is trained is not held in 16 bits
+    device, dtype = prepare_machine(args)
+    if dtype == torch.float16:
+        dtype = torch.float32  # float16 would need its losses scaled
+    # What is trained is held in float32; only its products are computed in 16 bits.
+    lora_scratch.autocast = lambda model: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     train_table, eval_table, label_names = load_tables(args)
     choose_recipe(args, len(train_table.text), len(label_names))

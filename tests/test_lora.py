@@ -18,6 +18,8 @@ from transformers import (
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
+    MPNetConfig,
+    PreTrainedConfig,
     RobertaConfig,
     RobertaModel,
     RoFormerConfig,
@@ -499,12 +501,47 @@ def test_the_last_layers_attention_still_has_its_dropout(tiny_base: Path) -> Non
     assert torch.equal(model.eval()(**padded()).logits, model(**padded()).logits)
 
 
-def test_another_architecture_keeps_its_whole_last_layer(tiny_base: Path, tmp_path: Path) -> None:
-    model = make_base(with_tokenizer(tmp_path / "bert", tiny_base, BertModel(BertConfig(**TINY)))).model.eval()
-    logits = model(**padded()).logits
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**TINY),
+        RobertaConfig(**TINY, pad_token_id=0, max_position_embeddings=130),
+        ElectraConfig(**TINY, embedding_size=16),
+        MPNetConfig(**TINY, pad_token_id=0, max_position_embeddings=130),
+    ],
+)
+def test_other_architectures_compute_cls_alone_after_attention(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    whole = AutoModelForSequenceClassification.from_config(config)
+    for module in whole.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    short = copy.deepcopy(whole)
+    compute_cls_only(short)
+    short = copy.deepcopy(short)  # as the playground does
+    tokens = {}
+    for number, layer in enumerate(short.base_model.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda _, x, y, number=number: tokens.update({number: y.shape[1]}))
+    for training in (False, True):
+        logits = [model.train(training)(**padded()).logits for model in (whole, short)]
+        assert torch.allclose(*logits, rtol=0, atol=1e-6)
+    *others, last = tokens.values()
+    assert last == 1 and others and all(count > 1 for count in others)
+    for logit in logits:
+        F.cross_entropy(logit, LABELS[: len(logit)]).backward()
+    for (name, one), two in zip(whole.named_parameters(), short.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        assert one.grad is None or torch.allclose(one.grad, two.grad, rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("config", [BertConfig(**TINY, chunk_size_feed_forward=2), RoFormerConfig(**TINY)])
+def test_another_architecture_keeps_its_whole_last_layer(config: PreTrainedConfig) -> None:
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 20, 11, 3]])}
+    logits = model(**inputs).logits
     compute_cls_only(model)
-    assert torch.equal(model(**padded()).logits, logits)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(**inputs).logits, logits)
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(

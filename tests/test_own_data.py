@@ -44,6 +44,8 @@ def told(path: Path, capsys: pytest.CaptureFixture, *more: str) -> list[str]:
         (["--dataset", "./dataset/../dataset/glue_sst2_local"], 67_349, (None, 2e-4, 3, None)),
         (["--dataset", "mine.csv", "--recipe", "published"], 100, (None, 2e-4, 3, None)),
         (["--dataset", "mine.csv", "--epochs", "2", "--lr", "0.1"], 100, (["all-linear"], 0.1, 2, None)),
+        (["--dataset", "mine.csv", "--recipe", "best"], 67_349, (["all-linear"], 1e-3, 2, None)),
+        (["--dataset", "mine.csv", "--recipe", "best"], 100, (["all-linear"], 1e-3, None, 400)),
         (["--dataset", "mine.csv", "--max-steps", "7", "--targets", "q_lin"], 100, (["q_lin"], 1e-3, None, 7)),
     ],
 )
@@ -53,6 +55,25 @@ def test_the_recipe_follows_the_data_and_every_flag_overrides_it(more: list, row
     targets, lr, epochs, max_steps = expected
     assert (args.targets, args.lr, args.max_steps) == (targets, lr, max_steps) and args.warmup == 0.06
     assert epochs is None or args.epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "size", "ending"),
+    [
+        (["--recipe", "published"], 67_349, 16, "0.0002, 3 epochs\n"),
+        (["--recipe", "own"], 2200, 16, "0.001, 3 epochs\n"),
+        (["--recipe", "own", "--batch-size", "8"], 1100, 8, "0.001, 3 epochs, batches of 8\n"),
+        (["--recipe", "best"], 6400, 32, "0.001, 2 epochs, batches of 32\n"),
+        (["--recipe", "best"], 6300, 32, "0.001, 400 steps, batches of 32\n"),
+        (["--recipe", "best", "--batch-size", "16"], 3200, 16, "0.001, 2 epochs\n"),
+    ],
+)
+def test_the_batch_is_the_recipes_and_told(
+    more: list, rows: int, size: int, ending: str, capsys: pytest.CaptureFixture
+) -> None:
+    args = arguments("--dataset", "mine.csv", *more)
+    choose_recipe(args, rows, 2)
+    assert args.batch_size == size and capsys.readouterr().out.endswith(ending)
 
 
 @pytest.mark.parametrize(("labels", "rate"), [(19, 1e-3), (20, 2e-3), (77, 2e-3)])
