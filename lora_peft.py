@@ -50,6 +50,7 @@ from lora_scratch import (
     adapter_facts,
     calibrate,
     cast_base,
+    cheapen_dropout,
     check_facts,
     check_output,
     check_tensors,
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int | None:
     facts = adapter_facts(args, base, label_names, wrapped)
     cast_base(base, dtype)
     model = wrap(base, make_config(base, facts, args.use_dora), args.freeze_head).to(device)
+    cheapen_dropout(model)
     counts = count_parameters(own_names(dict(model.named_parameters())), base.head)
     describe(args, counts, wrapped, dtype)
 

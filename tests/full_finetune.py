@@ -5,8 +5,11 @@
 The flags are those of lora_scratch.py; those about LoRA do nothing. The result is a plain Hugging Face folder.
 """
 
+import argparse
+import functools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -16,6 +19,7 @@ import lora_scratch
 from lora_scratch import (
     InputError,
     TrainingState,
+    cheapen_dropout,
     choose_recipe,
     compute_cls_only,
     count_parameters,
@@ -46,8 +50,12 @@ def main(argv: list[str] | None = None) -> int | None:
     if dtype == torch.float16:
         dtype = torch.float32  # float16 would need its losses scaled
     # What is trained is held in float32; only its products are computed in 16 bits.
-    lora_scratch.autocast = lambda model: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    with mock.patch.object(lora_scratch, "autocast", lambda model: mixed()):
+        return train_and_judge(args, device, dtype)
 
+
+def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int | None:
     train_table, eval_table, label_names = load_tables(args)
     choose_recipe(args, len(train_table.text), len(label_names))
     base = load_base(args.model, args.revision, label_names, args.max_length)
@@ -55,6 +63,7 @@ def main(argv: list[str] | None = None) -> int | None:
     eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
 
     model = base.model.requires_grad_(True).to(device)
+    cheapen_dropout(model)
     counts = count_parameters(dict(model.named_parameters()), base.head)
     print(f"full fine-tuning of {args.model}, all {counts['trained']:,} parameters")
     print_machine(args, dtype)

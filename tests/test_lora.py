@@ -27,12 +27,14 @@ from transformers import (
 
 from lora_scratch import (
     Base,
+    CheapDropout,
     InputError,
     LoRALinear,
     OneDNNLinear,
     Tokens,
     TrainingState,
     cast_base,
+    cheapen_dropout,
     compute_cls_only,
     count_parameters,
     describe,
@@ -499,6 +501,44 @@ def test_the_last_layers_attention_still_has_its_dropout(tiny_base: Path) -> Non
     model.distilbert.transformer.layer[-1].attention.dropout.p = 0.5
     assert not torch.equal(model.train()(**padded()).logits, model(**padded()).logits)
     assert torch.equal(model.eval()(**padded()).logits, model(**padded()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])
+def test_cheap_dropout_is_dropout(dtype: torch.dtype, rate: float) -> None:
+    model = nn.Sequential(nn.Dropout(rate), nn.Dropout(rate))
+    cheapen_dropout(model)
+    layer = model[0]
+    assert type(layer) is CheapDropout and layer.p == rate
+    x = torch.rand(100, 7, 1001, dtype=dtype).add_(1).transpose(0, 1).requires_grad_()
+    torch.manual_seed(0)
+    y = layer(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=5 * math.sqrt(rate * (1 - rate) / x.numel()))
+    assert torch.allclose(y[kept], x[kept] / (1 - rate), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    y.sum().backward()
+    assert torch.allclose(x.grad, kept.to(dtype) / (1 - rate), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    neighbours = (kept.flatten()[1:] == kept.flatten()[:-1]).float().mean().item()
+    assert neighbours == pytest.approx(rate**2 + (1 - rate) ** 2, abs=0.01)  # independent
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    torch.manual_seed(0)
+    again, other = layer(x), layer(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(again, y) and not torch.equal(other, y)
+    assert layer.eval()(x) is x or torch.equal(layer(x), x)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5,), (3, 1)])
+def test_cheap_dropout_takes_every_shape_and_rate(shape: tuple[int, ...]) -> None:
+    x = torch.rand(shape) + 1
+    for rate in (0.0, 1e-6, 0.5, 0.995, 1.0):
+        model = nn.Sequential(nn.Dropout(rate))
+        cheapen_dropout(model)
+        y = model(x)
+        assert y.shape == x.shape and all(value == 0 or value >= 1 for value in y.flatten().tolist())
+        assert rate != 0.0 or torch.equal(y, x)
+        assert rate != 1.0 or not y.any()
 
 
 @pytest.mark.parametrize(

@@ -353,13 +353,13 @@ def test_any_file_is_answered_or_refused(content: bytes, suffix: str, adapters: 
 
 
 def test_explain_gives_the_largest_effect_to_the_word_that_decides(here: Path) -> None:
-    text = "it loved the film"
+    text = "it hated the film"
     answer = ask_json("--model", SCRATCH, "--explain", text)[0]
     words = dict(answer["words"])
-    assert list(words) == text.split() and max(words, key=words.get) == "loved" and words["loved"] > 0.3
-    whole, *masked = unmerged(SCRATCH, [text, "[MASK] loved the film", "it [MASK] the film"])[:, 1].tolist()
-    assert answer["label"] == "positive"
-    assert [words["it"], words["loved"]] == pytest.approx([whole - p for p in masked], abs=1e-5)
+    assert list(words) == text.split() and max(words, key=words.get) == "hated" and words["hated"] > 0.3
+    whole, *masked = unmerged(SCRATCH, [text, "[MASK] hated the film", "it [MASK] the film"])[:, 0].tolist()
+    assert answer["label"] == "negative"
+    assert [words["it"], words["hated"]] == pytest.approx([whole - p for p in masked], abs=1e-5)
     lines = ask("--model", SCRATCH, "--explain", text).splitlines()
     assert lines[1].split()[4:6] == ["the", f"{100 * words['the']:+z.1f}"] and "\x1b" not in lines[1]
     assert ask_json("--model", SCRATCH, "--explain", " ")[0]["label"] is None
@@ -373,9 +373,9 @@ def test_explain_stops_where_the_model_stops_reading(here: Path) -> None:
 
 
 def test_explain_colours_a_terminal(here: Path, start) -> None:
-    code, output = start("--model", SCRATCH, "--explain", "it loved the film", terminal=True).finish()
-    assert code == 0 and "\x1b[32mloved +" in output and "\x1b[32mthe" not in output
-    assert ask("--model", SCRATCH, "--explain", "it loved the film").strip() in (
+    code, output = start("--model", SCRATCH, "--explain", "it hated the film", terminal=True).finish()
+    assert code == 0 and "\x1b[32mhated +" in output and "\x1b[32mthe" not in output
+    assert ask("--model", SCRATCH, "--explain", "it hated the film").strip() in (
         output.replace("\r", "").replace("\x1b[32m", "").replace("\x1b[31m", "").replace("\x1b[0m", "")
     )
 
