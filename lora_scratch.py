@@ -8,8 +8,7 @@ it learn a correction of rank r:
 B starts at zero, so training starts from exactly the pretrained encoder. Only A, B and the
 classification head are saved: 3 MB instead of 268. Merged, W + (alpha / r) · B A is a plain layer.
 
-How to read this file: down to the line PLUMBING it is the whole idea, from the inside out. What a
-tool needs besides (tables, files, flags, messages) stands below, and the story calls it by name.
+Down to the line PLUMBING this is the whole idea, from the inside out; what a tool needs is below.
 
     python lora_scratch.py                      # DistilBERT on SST-2
     python lora_scratch.py --freeze-head        # the published recipe: A and B alone, 0.22 %
@@ -35,6 +34,7 @@ from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
 
 import torch
 import torch.nn.functional as F

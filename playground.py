@@ -41,6 +41,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+
 import torch
 import transformers
 from torch import Tensor

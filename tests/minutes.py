@@ -11,7 +11,8 @@ The ways take turns, seed by seed, and nothing else should run:
     trainer-fp32    PEFT and the Trainer with best's settings, grouped by length, for N steps
     trainer-bf16    the same under bfloat16 autocast: the quicker of the two is the Trainer at its best
 
-It writes tests/results/minutes.json after every run and prints the table. N was chosen on a slice of the training data.
+It writes tests/results/minutes.json after every run and prints the table. Interrupted, the same command goes on.
+N was chosen on a slice of the training data.
 """
 
 import argparse
@@ -143,8 +144,15 @@ def main() -> None:
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     record = {"machine": {"name": cpu_name(), "cores": os.cpu_count(), "versions": versions}}
     record |= {"steps": args.steps, "runs": {way: [] for way in args.ways}}
+    if args.output.exists():
+        before = json.loads(args.output.read_text(encoding="utf-8"))
+        if any(before[key] != record[key] for key in ("machine", "steps")):
+            sys.exit(f"{args.output} is of another machine or other steps: move it away, or name another --output")
+        record["runs"] |= before["runs"]
     for seed in args.seeds:
         for way in args.ways:
+            if any(run["seed"] == seed for run in record["runs"][way]):
+                continue
             record["runs"][way].append(measure(way, seed, args))
             print(way, record["runs"][way][-1], file=sys.stderr, flush=True)
             args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -336,6 +336,19 @@ def test_bfloat16_trains_on_the_cpu_and_the_file_is_float32(tiny_base: Path, tin
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another library of threads")
+@pytest.mark.parametrize("script", ["lora_scratch", "lora_peft", "playground"])
+@pytest.mark.parametrize("own", [None, "77"])
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(script: str, own: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **({"GOMP_SPINCOUNT": own} if own else {})}
+    command, root = [sys.executable, "-c", f"import {script}"], Path(lora_scratch.__file__).parent
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=True).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("PyTorch is built with another library of threads")
+    assert f"GOMP_SPINCOUNT = '{own or 1000}'" in told
+
+
 # --- The real thing
 
 
