@@ -27,7 +27,8 @@ from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
 
 import peft
 from peft import (

@@ -34,7 +34,8 @@ from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,8 @@ DEFAULT_TARGETS = {  # the query and value projections, as in section 4.2 of the
 def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
     """Paths of the linear layers whose own name is one of `targets`, outside the head.
 
-    Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every linear layer outside
-    the head, None the default of the architecture. `head` names the head's parameters.
-    Raises InputError for a target that is no such layer.
+    Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every one of them, None the
+    default of the architecture. `head` names the head's parameters. Raises InputError for other targets.
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int | None:
     set_head_trainable(base, not args.freeze_head)
     cast_base(base, dtype)  # the frozen weights compute in 16 bits where the machine can
     model = base.model.to(device)
-    cheapen_dropout(model)  # the same rate, from masks that cost a fifth
+    cheapen_dropout(model)  # the same rate, from masks that cost less
     facts = adapter_facts(args, base, label_names, wrapped)  # what rebuilding needs beside the tensors
     counts = count_parameters(dict(model.named_parameters()), base.head)
     describe(args, counts, wrapped, dtype)

@@ -41,7 +41,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
 
 import torch
 import transformers

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import after_training
+import busy_machine
+import minutes
 import own_tables
 import plot_results
 import pytest
@@ -167,6 +169,80 @@ def test_the_default_runs_are_those_on_record() -> None:
         assert f"| {seed} | {result['accuracy']:.2f} ({result['correct']}) | {minutes:.0f} |" in TABLES
     scores = [run["result"]["accuracy"] for run in DEFAULT_RUNS]
     assert f"**{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %**" in TABLES
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def shown_table(mark: str) -> str:
+    return TABLES.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
+
+
+def best_table(found: dict) -> str:
+    """Accuracies after the last epoch, from the reloaded files."""
+    names = {"best": "`--recipe best`", "full fine-tuning": "full fine-tuning, 1e-4, once"}
+    names |= {"stand-in": "`--recipe best --epochs 1 --train-samples 10000`"}
+    names |= {"mpnet": "the same on all-mpnet-base-v2, whole size"}
+    lines = ["| | right of 872 | accuracy, % | trained parameters | file, MB | minutes |", "|---|---|---|---|---|---|"]
+    for key, name in names.items():
+        runs = found[key]
+        minutes = [sum(epoch["seconds"] for epoch in run["epochs"]) / 60 for run in runs]
+        cells = [name, ", ".join(str(run["result"]["correct"]) for run in runs)]
+        cells += [f"**{spread([run['result']['accuracy'] for run in runs])}**", f"{runs[0]['parameters']['trained']:,}"]
+        cells += [f"{runs[0]['result']['bytes'] / 1e6:.1f}", f"{min(minutes):.1f} to {max(minutes):.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_best_recipe_is_the_one_on_record() -> None:
+    found = record("best")
+    assert shown_table("best") == best_table(found)
+    for key, runs in found.items():
+        assert [run["settings"]["seed"] for run in runs] == [42, 43, 44], key
+        for run in runs:
+            last, settings = run["epochs"][-1], run["settings"]
+            assert last["correct"] == run["result"]["correct"] and run["result"]["total"] == 872
+            assert run["settings"]["threads"] == 1 and run["precision"] == "bfloat16"
+            if key != "full fine-tuning":
+                assert {name: settings[name] for name in ("lr", "batch_size", "targets")} == {
+                    name: lora_scratch.RECIPES["best"][name] for name in ("lr", "batch_size", "targets")
+                }
+    assert found["best"][0]["settings"]["epochs"] == lora_scratch.RECIPES["best"]["epochs"]
+    for key, name, times in (
+        ("best", "`--recipe best`", "twice"),
+        ("full fine-tuning", "full fine-tuning, `--lr 1e-4`", "once"),
+    ):
+        run, scores = found[key][0], [one["result"]["accuracy"] for one in found[key]]
+        counts = {"trained": run["parameters"]["trained"], "bytes": run["result"]["bytes"]}
+        assert row(name, f"all {SST2_PHRASES:,} phrases, {times}", counts, scores) in README
+
+
+def tuning_table(found: dict) -> str:
+    lines = [
+        "| | rate | batch | trained for | seed | right of 2,000 | loss | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        way = run["way"] + (f", r {run['r']}, alpha {run['alpha']:g}" if run["r"] != 8 else "")
+        way += ", no LoRA dropout" if run["dropout"] == 0 else ""
+        cells = [way, f"{run['lr']:g}", run["batch"], run["length"], run["seed"]]
+        cells += [f"{run['correct'][-1]:,}", f"{run['loss'][-1]:.3f}", run["seconds"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def test_the_tuning_table_is_the_one_on_record() -> None:
+    assert shown_table("tuning") == tuning_table(record("tuning"))
+
+
+def test_the_minutes_are_those_on_record() -> None:
+    found = record("minutes")
+    assert shown_table("minutes") == minutes.table(found)
+
+
+def test_the_busy_machine_is_the_one_on_record() -> None:
+    assert shown_table("busy") == busy_machine.table(record("busy_machine"))
 
 
 def test_the_side_by_side_table_is_the_one_on_record() -> None:

@@ -338,15 +338,18 @@ def test_bfloat16_trains_on_the_cpu_and_the_file_is_float32(tiny_base: Path, tin
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another library of threads")
 @pytest.mark.parametrize("script", ["lora_scratch", "lora_peft", "playground"])
-@pytest.mark.parametrize("own", [None, "77"])
-def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(script: str, own: str | None) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **({"GOMP_SPINCOUNT": own} if own else {})}
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(script: str, own: dict, spins: str) -> None:
+    others = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = others | {"OMP_DISPLAY_ENV": "VERBOSE"} | own
     command, root = [sys.executable, "-c", f"import {script}"], Path(lora_scratch.__file__).parent
     told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=True).stderr
     if "GOMP_SPINCOUNT" not in told:
         pytest.skip("PyTorch is built with another library of threads")
-    assert f"GOMP_SPINCOUNT = '{own or 1000}'" in told
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told
 
 
 # --- The real thing
