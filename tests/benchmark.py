@@ -87,6 +87,8 @@ def run_worker(pipe: Connection, row: Row, args: argparse.Namespace) -> None:
     """The life of a worker process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the recipes print is not the benchmark's
     sys.stderr.isatty = lambda: False  # nor are their progress bars
+    if row.kind in ("scratch", "peft", "playground"):
+        importlib.import_module("lora_scratch")  # before torch: it says how threads wait, as for its users
     if row.kind != "start":  # which counts its imports
         import torch
 

@@ -22,9 +22,10 @@ from benchmark import cpu_name
 ROOT = Path(__file__).parent.parent
 SETTINGS = {  # name: threads (0: as many as there are cores), environment
     "300,000 spins, the library's default": (0, {"GOMP_SPINCOUNT": "300000"}),
-    "1,000 spins, the scripts' setting": (0, {}),
-    "no spins, as by `OMP_WAIT_POLICY=PASSIVE`": (0, {"GOMP_SPINCOUNT": "0"}),
-    "1,000 spins, `--threads 1`": (1, {}),
+    "30,000 spins": (0, {"GOMP_SPINCOUNT": "30000"}),
+    "10,000 spins": (0, {"GOMP_SPINCOUNT": "10000"}),
+    "1,000 spins, the scripts' setting": (0, {"GOMP_SPINCOUNT": "1000"}),
+    "one thread": (1, {}),
 }
 BESIDE = (0, 1, 2)  # busy processes
 
