@@ -340,6 +340,15 @@ def test_what_onednn_and_cheaper_dropout_gain_is_on_record() -> None:
     )
     assert told in flat(TABLES) and f"it is [{ratios[2][0]} times]" in flat(README)
     assert all(len(row["rounds"]) == 2 for rows in found for row in rows.values())
+    ours, trainer = record("avx2")["rows"]
+    ratio = "{:.2f} ({:.2f}–{:.2f})".format(*trainer["ratio_same_precision"])
+    told = f"it is {ratio} times as fast ([{ours['rate']:.1f} against {trainer['rate']:.1f}](avx2.json))"
+    assert told in flat(TABLES)
+    spinning = record("avx2_300000_spins")["rows"][0]
+    told = (
+        f"from [{spinning['rate']:.1f}](avx2_300000_spins.json) to [{ours['rate']:.1f}](avx2.json) sentences a second"
+    )
+    assert told in flat(TABLES)
 
 
 def test_the_tables_of_peoples_own_sentences_are_those_on_record() -> None:
