@@ -22,28 +22,42 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
+import numbers
 import os
+import platform
 import re
+import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+from zipfile import ZipFile
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon: other programs may be running
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # === The method =================================================================================
 
@@ -72,7 +86,7 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(self.dropout(x), self.lora_A)  # (..., r): A x
         return self.base(x) + self.scaling * F.linear(low_rank, self.lora_B)  # (..., out)
 
-    def __getattr__(self, name: str):  # some models ask a linear layer for its weight or bias
+    def __getattr__(self, name: str):  # T5 and Longformer ask a linear layer for its weight or bias
         return getattr(self.base, name) if name in ("weight", "bias") else super().__getattr__(name)
 
     @torch.no_grad()
@@ -107,17 +121,19 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"{unknown[0]!r} is no linear layer outside the head" if unknown else "no default targets"
-        raise InputError(f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}")
+        raise InputError(
+            f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}"
+        )
     return [path for path in linear if last_name(path) in targets]
 
 
 def inject_lora(
-    model: nn.Module, head: list[str], targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False
+    model, head: list[str], targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False, train_head=True
 ) -> list[str]:
     """Wrap the target layers in LoRALinear, freeze all else but the head; return the wrapped paths."""
     wrapped = find_targets(model, head, targets)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in head)
+        parameter.requires_grad_(train_head and name in head)
     for path in wrapped:
         layer = LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora)  # A and B train
         model.set_submodule(path, layer)
@@ -144,15 +160,15 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    label_weights = weigh_labels(train_set.labels, model) if args.balance else None  # None: all alike
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
-    scheduler = LambdaLR(optimizer, warmup_then_decay(args.warmup, total_steps))
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute_dtype(model) == torch.float16)
-    first_step = state.begin(total_steps, steps_per_epoch, optimizer, scheduler, scaler)  # 0, or --resume's
-    network = share_gradients(model, args.seed)  # one process: the model itself; several: the mean of theirs
+    first_step = state.begin(total_steps, steps_per_epoch, optimizer, scaler)  # 0, or --resume's
+    network = share_gradients(
+        model, args.seed
+    )  # one process: the model itself; several: the mean of theirs
 
-    with state.stop_on_signals(), Progress(state, first_step, len(train_set), args) as progress:
+    with state.stop_on_signals():
         for step in range(first_step, total_steps):
             epoch, batch_number = divmod(step, steps_per_epoch)
             if batch_number == 0 or step == first_step:  # every epoch has an order of its own
@@ -162,28 +178,34 @@ def train(
             inputs, labels = collate(train_set, share, model), train_set.labels[share].to(model.device)
 
             # ---- one step of training ----
+            optimizer.param_groups[0]["lr"] = args.lr * warmup_then_decay(step, total_steps, args.warmup)
             with autocast(model):  # in the type of the frozen base
                 logits = network(**inputs).logits  # (sentences, labels)
-            loss = weight * F.cross_entropy(logits.float(), labels, label_weights, reduction="sum")
+            loss = weight * F.cross_entropy(logits.float(), labels, reduction="sum")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step()
             optimizer.zero_grad()
             # ---- the rest reports, evaluates and saves ----
 
-            state.losses[step] = mean_over_processes(loss.detach())
+            state.losses[step] = sum_over_processes(loss.detach()) / rank_and_size()[1]
             done, epoch_ended = step + 1, batch_number + 1 == steps_per_epoch or step + 1 == total_steps
             if epoch_ended or done % args.log_every == 0:
-                progress.report(done, scheduler.get_last_lr()[0])
+                state.report(done)
             if epoch_ended:
-                progress.end_epoch(done, *evaluate(model, eval_set, args.eval_batch_size))
+                state.end_epoch(done, *evaluate(model, eval_set, 2 * args.batch_size))
             if epoch_ended or state.stopped or done % args.save_every == 0:
                 state.save(done)
             if state.stopped:
                 break
+
+
+def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
+    """The learning rate's share of --lr at a step: up from zero, then down to zero, both linear."""
+    up = round(warmup * total_steps)
+    return step / up if step < up else (total_steps - step) / max(1, total_steps - up)
 
 
 @torch.inference_mode()
@@ -191,10 +213,11 @@ def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
     """Logits (sentences, labels) in float32, in the order given; batched by length inside."""
     model.eval()
     logits = torch.zeros(len(sentences), model.config.num_labels)  # where another process answers: zero
-    for batch in own_batches(make_batches(sentences.lengths, batch_size)):
+    rank, ranks = rank_and_size()
+    for batch in make_batches(sentences.lengths, batch_size)[rank::ranks]:
         with autocast(model):
             logits[batch] = model(**collate(sentences, batch, model)).logits.float().cpu()
-    return sum_over_processes(logits, model.device)
+    return sum_over_processes(logits.to(model.device)).cpu()
 
 
 def evaluate(model: nn.Module, sentences: Tokens, batch_size: int) -> tuple[float, Tensor]:
@@ -204,14 +227,14 @@ def evaluate(model: nn.Module, sentences: Tokens, batch_size: int) -> tuple[floa
     return F.cross_entropy(logits, sentences.labels).item(), confusion
 
 
-def make_batches(lengths: Tensor, batch_size: int, shuffle_seed: int | None = None) -> list[list[int]]:
+def make_batches(lengths: list[int], batch_size: int, shuffle_seed: int | None = None) -> list[list[int]]:
     """Turn sentence lengths into batches of indices, each index once, with little padding.
 
     With a seed: shuffle, sort by length inside windows of 50 batches, shuffle the batches. Random
     batches of 16 SST-2 phrases compute 2.6 times the real tokens, these 1.04 times.
     Without one: longest first, so that a batch too large for the memory fails at once.
     """
-    lengths, window, order = lengths.tolist(), max(1, len(lengths)), range(len(lengths))
+    window, order = max(1, len(lengths)), range(len(lengths))
     if shuffle_seed is not None:
         generator = torch.Generator().manual_seed(shuffle_seed)
         order, window = torch.randperm(len(lengths), generator=generator).tolist(), 50 * batch_size
@@ -226,7 +249,7 @@ def make_batches(lengths: Tensor, batch_size: int, shuffle_seed: int | None = No
 
 def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, Tensor]:
     """The batch, padded to its longest: input_ids and attention_mask, both (sentences, tokens)."""
-    ids = [sentences[i] for i in batch]
+    ids = [torch.from_numpy(sentences.ids[i]).long() for i in batch]
     padded = pad_sequence(ids, batch_first=True, padding_value=model.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
@@ -236,40 +259,33 @@ def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = parse_flags(make_parser(__doc__, "model/lora_scratch_distilbert_sst2.pt"), argv)
-    check_output(args, is_file=True)
+    args = parse_flags(make_parser(__doc__, "model/lora_scratch_{}.pt"), argv)
+    check_output(args.output, is_file=True)
     device, dtype = prepare_machine(args)
 
-    train_table, eval_table, label_names = load_tables(args)
-    choose_recipe(args, len(train_table.text), len(label_names))  # rate, steps, targets follow the data
+    train_rows, eval_rows, label_names = load_tables(args)
+    args = choose_recipe(args, len(train_rows), len(label_names))  # rate, steps, targets follow the data
     base = load_base(args.model, args.revision, label_names, args.max_length)
-    train_set = tokenize(train_table, base.tokenizer, args.max_length)
-    eval_set = tokenize(eval_table, base.tokenizer, args.max_length)
+    train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
+    eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
 
     lora = {key: getattr(args, key) for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
-    wrapped = inject_lora(base.model, base.head, **lora)
-    set_head_trainable(base, not args.freeze_head)
-    cast_base(base, dtype)  # the frozen weights compute in 16 bits where the machine can
-    model = base.model.to(device)
-    cheapen_dropout(model)  # the same rate, from masks that cost less
+    wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
+    model = speed_up(base, dtype).to(device)  # the same answers, and the frozen weights in `dtype`
     facts = adapter_facts(args, base, label_names, wrapped)  # what rebuilding needs beside the tensors
-    counts = count_parameters(dict(model.named_parameters()), base.head)
-    describe(args, counts, wrapped, dtype)
+    record = describe(args, dict(model.named_parameters()), base.head, wrapped, dtype)
 
-    state = TrainingState(args, model, facts | data_facts(train_set, eval_set), dtype)
+    state = TrainingState(args, model, facts, record, (train_set, eval_set))
     train(model, train_set, eval_set, args, state)
     if not leave_group() or state.stopped:  # several processes part here, and the first one saves
-        return leave(state)
+        return state.leave()
 
-    temperature = calibrate(model, eval_set, args)  # its percentages are to mean something
-    record = make_record(args, counts, dtype, state) | {"temperature": temperature}
+    record["temperature"] = calibrate(model, eval_set)  # its percentages are to mean something
     tensors = tensors_to_save(model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, facts | {"record": record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
-    cast_base(reloaded, dtype)
-    _, confusion = evaluate(reloaded.model.to(device), eval_set, args.eval_batch_size)
-    write_record(args, record, confusion, label_names, args.output.stat().st_size)
-    tell_how_to_ask(args.output, eval_table.text)
+    _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
+    finish(args, record, confusion, label_names, eval_rows["text"])
 
 
 # === PLUMBING: what a tool needs and the idea does not ==========================================
@@ -282,7 +298,7 @@ class Base:
     model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     head: list[str]  # names of the head's parameters, which no base model brings along
-    identity: dict  # what decides an answer besides the head: see identify
+    identity: dict  # by which a checkpoint recognises its base: see identify
     revision: str | None  # the Hub's commit, None for a local folder
 
 
@@ -290,25 +306,27 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     """The pretrained encoder in float32 with a new random head for these labels, and its tokenizer.
 
     The head is what lies outside the encoder, and a pooler where there is one: it can ship untrained.
-    Raises InputError for a base that cannot be loaded, does not fit its tokenizer, or lacks weights.
+    Raises InputError for a base that cannot be loaded, lacks weights or cannot read `max_length` tokens.
     """
     transformers.logging.set_verbosity_error()  # what is new is the head, and known
     transformers.logging.disable_progress_bar()
-    if (Path(name) / "adapter_config.json").exists():
-        raise InputError(f"{name} is an adapter, not a base model; ask it with playground.py --model {name}")
-    hint = ""
-    if not Path(name).is_dir():
+    is_local = Path(name).is_dir()
+    if not is_local:
         use_cache_if_offline()
-        hint = f"; {WITHOUT_HUB}"
-    source = {"revision": revision, "trust_remote_code": False}
-    labels = {"id2label": dict(enumerate(label_names))}
-    labels["label2id"] = {label: i for i, label in enumerate(label_names)}
-    try:
+    remedy = "name a folder with --model (playground.py: --base), or lower --max-length"
+    with refusing(f"cannot use the base model {name!r}", remedy if is_local else WITHOUT_HUB):
+        file = transformers.utils.cached_file(name, "config.json", revision=revision)
+        revision = None if is_local else Path(file).parent.name  # a snapshot's folder is its commit
+        source = {"revision": revision, "trust_remote_code": False}
+        labels = {"id2label": dict(enumerate(label_names))}
+        labels["label2id"] = {label: i for i, label in enumerate(label_names)}
         config = transformers.AutoConfig.from_pretrained(name, **source, **labels)
-        check_config(name, config)
         config.problem_type = "single_label_classification"  # whatever the base was trained for
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
         tokenizer.truncation_side = "right"  # as in training, whatever its file says
+        pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
+        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not pads_right:
+            raise ValueError("not an encoder that pads at the right, with at most 200 layers")
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
             **source,
@@ -317,133 +335,62 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
             ignore_mismatched_sizes=True,  # of a head for other labels
             output_loading_info=True,
         )
-    except InputError:
-        raise
-    except Exception as error:  # whatever is wrong with its files: each library raises its own
-        remedy = "name a local folder with --model (in playground.py --base)"
-        raise InputError(f"cannot load the base model {name!r} ({reason(error)}); {remedy}{hint}") from error
-    encoder = f"{model.base_model_prefix}."
-    names = sorted(key for key, _ in model.named_parameters())
-    head = [key for key in names if not key.startswith(encoder) or ".pooler." in key]
-    mismatched = [key for key, *_ in report["mismatched_keys"]]
-    wrong = [key for key in names if key in {*report["missing_keys"], *mismatched} and key not in head]
-    shapes = {without_numbers(key.removeprefix(encoder)) for key in names}
-    unread = [key for key in report["unexpected_keys"] if re.search(r"\.\d+\.", key)]
-    unread = [key for key in unread if without_numbers(key.removeprefix(encoder)) in shapes]
-    if unread:
-        what = f"its file has weights that its config.json leaves out ({', '.join(sorted(unread)[:3])})"
-        raise InputError(f"{name}: {what}; use the model's own config.json")
-    if wrong:
-        what = f"{len(wrong)} weights are missing or of another shape ({', '.join(wrong[:3])})"
-        raise InputError(f"{name}: {what}; use a complete base model and its own config.json")
-    if mismatched:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        names = sorted(name for name, _ in model.named_parameters())
+        encoder = f"{model.base_model_prefix}."
+        head = [name for name in names if not name.startswith(encoder) or ".pooler." in name]
+        reshaped = {key for key, *_ in report["mismatched_keys"]}
+        wrong = reshaped.union(report["missing_keys"]).intersection(names).difference(head)
+        wrong |= {key for key in report["unexpected_keys"] if re.search(r"layer\.\d+\.", key)}
+        if wrong:
+            raise ValueError(f"its file and config.json have other weights: {listed(sorted(wrong), 3)}")
+        identity = identify(model, tokenizer, head, max_length)
+    if reshaped:
         note(f"{name} was trained for other labels: it gets a new classification head")
-    check_tokenizer(name, model, tokenizer, max_length)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    compute_cls_only(model)
-    multiply_by_onednn(model)
-    identity = identify(model, tokenizer, head)
-    return Base(model, tokenizer, head, identity, getattr(config, "_commit_hash", None))
+    return Base(model, tokenizer, head, identity, revision)
 
 
-def without_numbers(key: str) -> str:
-    """The name of a parameter in whatever layer."""
-    return re.sub(r"\.\d+\.", ".*.", key)
+ODD_SENTENCE = (
+    "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
+)
 
 
-def check_config(name: str, config: transformers.PretrainedConfig) -> None:
-    """Raise InputError for a model that is no encoder of a size that can be meant."""
-    if config.is_encoder_decoder:
-        raise InputError(f"{name}: {config.model_type} has a decoder; use an encoder such as DistilBERT")
-    layers = getattr(config, "num_hidden_layers", 1)
-    if not isinstance(layers, int) or layers > 200:
-        raise InputError(f"{name}: {layers!r} layers in its config.json; 200 is the most that is read here")
+@torch.inference_mode()
+def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
+    """What decides an answer besides the head, as a checkpoint keeps it to recognise its base.
 
-
-def check_tokenizer(name: str, model: nn.Module, tokenizer: Callable, max_length: int) -> None:
-    """Raise InputError unless every token has an embedding and every token up to the limit a place."""
-    embeddings = model.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{name}: its tokenizer has no padding token; use an encoder such as DistilBERT")
-    if tokenizer.padding_side != "right":
-        raise InputError(f"{name}: its tokenizer pads at the left, which is not read here; use another base")
-    if len(tokenizer) > embeddings:
-        what = f"a tokenizer of {len(tokenizer)} entries does not fit {embeddings} embeddings"
-        raise InputError(f"{name}: {what}; use the model's own")
-    limits = [getattr(model.config, "max_position_embeddings", None) or -1, tokenizer.model_max_length]
-    for path, module in model.named_modules():
-        if last_name(path) == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
-            limits[0] -= module.padding_idx + 1  # RoBERTa counts its positions from there
-    limit = min((limit for limit in limits if limit > 0), default=math.inf)  # -1 is XLNet's "none"
-    if not 3 <= max_length <= limit:
-        what = f"--max-length {max_length} is not between 3 and {limit}"
-        raise InputError(f"{what}, the most that {name} can read")
-
-
-PROBES = ["Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"]
-NOT_COMPUTED = {  # what a configuration says besides how to compute
-    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "id2label"),
-    *("label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "return_dict"),
-    *("output_attentions", "output_hidden_states", "use_cache", "_attn_implementation", "tokenizer_class"),
-    *("_commit_hash", "auto_map", "initializer_range"),
-}
-
-
-def set_head_trainable(base: Base, trained: bool) -> None:
-    """Train the head, or leave it as random as it starts: the published recipe."""
-    for name in base.head:
-        base.model.get_parameter(name).requires_grad_(trained)
-
-
-def identify(model: nn.Module, tokenizer: Callable, head: list[str]) -> dict:
-    """What decides an answer besides the head, as a checkpoint keeps it, to recognise the same base.
-
-    fingerprint  SHA-256 of all other parameters, in float32
-    config       the configuration's fields that take part in computing
-    tokenizer    SHA-256 of the vocabulary and of what becomes of a difficult sentence
+    fingerprint  SHA-256 of all parameters but the head's, in float32
+    tokenizer    SHA-256 of the vocabulary and of the odd sentence's token numbers
+    answer       the first numbers of [CLS] for that sentence: every setting of the base shows in them
     """
-    from hashlib import sha256
-
+    weights = {name: p for name, p in sorted(model.named_parameters()) if name not in head}
     digest = sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in head:
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().contiguous().numpy())
-            if not parameter.isfinite().all():
-                raise InputError(
-                    f"{model.config._name_or_path}: {name} has NaN or infinity in it; use a sound base"
-                )
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBES)["input_ids"]]
+    for name, parameter in weights.items():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().contiguous().numpy())
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer([ODD_SENTENCE])["input_ids"]]
+    model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read the longest text?
+    answer = model.base_model(torch.tensor(words[1])[:, :max_length])[0]  # (1, tokens, width)
+    if not all(parameter.isfinite().all() for parameter in weights.values()):
+        raise ValueError("its weights have NaN or infinity in them")
     return {
         "fingerprint": digest.hexdigest(),
-        "config": {k: v for k, v in config.items() if k not in NOT_COMPUTED and "drop" not in k},
         "tokenizer": sha256(json.dumps(words).encode()).hexdigest(),
+        "answer": answer[0, 0, :8].tolist(),
     }
 
 
-def load_trained_base(
-    path: str | Path, facts: dict, base_name: str | None, load: Callable | None = None
-) -> Base:
-    """The base model that a checkpoint's facts name, or `base_name`: refused unless it is the same."""
+def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Base]) -> Base:
+    """The base model that a checkpoint's facts name, or `base_name`; raises InputError for another one."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
-    base = (load or load_base)(name, revision, facts["label_names"], facts["max_length"])
-    then, now = facts["fingerprint"], base.identity["fingerprint"]
-    if now != then:
-        what = f"trained on {facts['base']!r} ({then[:12]}), but {name!r} is another base ({now[:12]})"
-        raise InputError(f"{path} was {what}")
-    if "tokenizer" not in facts or "config" not in facts:
-        note(f"{path} is of an earlier version: its base's weights are checked, its tokenizer is not")
-        return base
-    for key, value in base.identity["config"].items():
-        if key in facts["config"] and facts["config"][key] != value:
-            what = (
-                f"trained with {key} {facts['config'][key]!r}, but the config.json of {name!r} says {value!r}"
-            )
-            raise InputError(f"{path} was {what}")
-    if base.identity["tokenizer"] != facts["tokenizer"]:
-        raise InputError(f"{path} was trained with another tokenizer than that of {name!r}; use its own")
+    base = load(name, revision, facts["label_names"], facts["max_length"])
+    now = base.identity
+    then = now | {key: facts[key] for key in now if key in facts}  # the first versions kept less
+    differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
+    if differs or not numpy.allclose(then["answer"], now["answer"], rtol=0, atol=1e-3):  # rounding: 1e-6
+        what = f"{name!r} is another base model than {facts['base']!r} was in training"
+        raise InputError(f"{what} (its {listed(differs) or 'config.json'} differs); name the same one")
     return base
 
 
@@ -451,25 +398,18 @@ def load_trained_base(
 def use_cache_if_offline() -> None:
     """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute before they say no."""
     import threading
-    import urllib.error
-    import urllib.request
 
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    answers = []
+    from huggingface_hub import constants, get_session
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # no network, no such name, a captive portal, a misspelt address
-            with contextlib.suppress(urllib.error.HTTPError):  # which is an answer all the same
-                urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
-            answers.append(True)
+        with contextlib.suppress(Exception):  # no network, no such name, a captive portal
+            answers.append(get_session().head(constants.ENDPOINT, timeout=5))
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout: do not wait for it
+    answers = [True] if constants.HF_HUB_OFFLINE else []
+    thread = threading.Thread(target=ask, daemon=True)  # a look-up of a name obeys no timeout
     thread.start()
-    thread.join(5)
-    constants.HF_HUB_OFFLINE = not answers
+    thread.join(0 if answers else 5)
+    constants.HF_HUB_OFFLINE |= not answers
 
 
 def last_name(path: str) -> str:
@@ -478,424 +418,275 @@ def last_name(path: str) -> str:
 
 
 # --- Tables --------------------------------------------------------------------------------------
+# From its file to its tokens a table is one of pandas, which takes 0.3 s to import: for those who read one.
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SPLITS = {"train": "train", "training": "train"}  # file name without its ending: what it holds
+SPLITS = {"train": "training", "training": "training"}  # how a file's name starts: what it holds
 SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
-
-
-@dataclass
-class Table:
-    text: list[str]
-    label: list[int]  # index into the label names
+USUAL = {  # names of columns
+    "text": "sentence text review comment message title content body description headline tweet query question",
+    "label": "label labels class category sentiment intent stars rating topic target emotion",
+}
 
 
 @dataclass
 class Tokens:
-    """Tokenised sentences in flat arrays: Python lists of numbers would take many times the memory."""
-
-    ids: Tensor  # (tokens of all sentences,), int32
-    lengths: Tensor  # (sentences,)
+    ids: list[numpy.ndarray]  # of each sentence (tokens,), int32: lists would take many times the memory
     labels: Tensor  # (sentences,), zeros where unknown
 
-    def __post_init__(self):
-        self.ends = self.lengths.cumsum(0).tolist()
-
-    @classmethod
-    def from_lists(cls, input_ids: list[list[int]]) -> Tokens:
-        flat = torch.tensor([number for ids in input_ids for number in ids], dtype=torch.int32)
-        lengths = torch.tensor([len(ids) for ids in input_ids], dtype=torch.int64)
-        return cls(flat, lengths, torch.zeros_like(lengths))
-
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.ids)
 
-    def __getitem__(self, i: int) -> Tensor:
-        """The token numbers of sentence i."""
-        return self.ids[self.ends[i] - int(self.lengths[i]) : self.ends[i]].long()
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one) for one in self.ids]
 
 
-def tokenize(table: Table, tokenizer: Callable, max_length: int) -> Tokens:
-    """The table's sentences as token numbers, cut at `max_length`."""
-    options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
-    parts = []
-    for start in range(0, len(table.text), 10_000):  # a part at a time: what a tokenizer returns is large
-        texts = table.text[start : start + 10_000]
-        parts.append(Tokens.from_lists(tokenizer(texts, **options)["input_ids"]))
-    ids, lengths = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "lengths"))
-    full = (lengths == max_length).nonzero().flatten().tolist()
-    whole = tokenizer([table.text[i] for i in full])["input_ids"] if full else []
-    cut = [len(one) for one in whole if len(one) > max_length]
+def tokenize(texts: Sequence[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
+    """The texts as token numbers, cut at `max_length`."""
+    texts, ids, cut = list(texts), [], 0
+    for start in range(0, len(texts), 10_000):  # a part at a time: what a tokenizer returns is large
+        found = tokenizer(texts[start : start + 10_000], truncation=True, max_length=max_length)
+        ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
+        cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
-        what = f"{len(cut):,} of {len(lengths):,} texts are cut at {max_length} tokens"
-        note(f"{what}; --max-length {min(max(cut), tokenizer.model_max_length)} would cut the fewest")
-    return Tokens(ids, lengths, torch.tensor(table.label))
+        note(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens; see --max-length")
+    return Tokens(ids, torch.tensor([0] * len(ids) if labels is None else list(labels)))
 
 
-def load_tables(args: argparse.Namespace) -> tuple[Table, Table, list[str]]:
-    """Training and validation sentences, and the names of their labels."""
-    splits = read_splits(args)
-    if "train" in splits:
-        args.text_column, args.label_column = find_columns(args, splits["train"])
-    if "train" not in splits:
-        raise InputError(f"{args.dataset}: no training split; call it train.csv, .tsv, .jsonl or .parquet")
-    texts, labels, rows = read_rows(args, "training", splits["train"])
-    if "validation" in splits:
-        eval_texts, eval_labels, _ = read_rows(args, "validation", splits["validation"])
-        kept = range(len(texts))
-    else:
-        kept, held = hold_out(texts, labels, args.seed)
-        what = f"a tenth of each label, {len(held)} rows, is held out by seed"
-        print(f"{visible(args.dataset)} has no validation split: {what}")
-        eval_texts, eval_labels = [texts[i] for i in held], [labels[i] for i in held]
+def load_tables(args: argparse.Namespace) -> tuple[DataFrame, DataFrame, list[str]]:
+    """Training and validation rows, and the names of their labels.
+
+    Rows have columns text and label, its number; their index is the row's number in the file, from 1.
+    """
+    where, tables = args.dataset, read_splits(args)
+    if "training" not in tables:
+        raise InputError(f"{where}: no training split; call it train.csv, .tsv, .jsonl or .parquet")
+    columns = find_columns(where, tables["training"], args.text_column, args.label_column)
+    rows = {split: read_rows(f"{where}: {split}", table, *columns) for split, table in tables.items()}
+    train = rows["training"]
+    validation = rows.get("validation", train[:0])
+    class_names = tables["training"].attrs.get("class_names", {}).get(columns[1])
+    labels, names = number_labels(args, {*train["label"]}, {*validation["label"]}, class_names)
+    note_surprises(where, train, validation)
+    if "validation" not in rows:
+        train, validation = hold_out(train, args.seed)
+        print(f"{visible(where)}: a tenth of each label, {len(validation)} rows, is held out by seed")
     if args.train_samples:
-        order, kept = shuffled(len(texts), args.seed), set(kept)
-        kept = [i for i in order if i in kept][: args.train_samples]
-    if not kept:
-        raise InputError(
-            f"{args.dataset}: one sentence is too few to hold a tenth out; give a validation split"
-        )
-    labels, eval_labels = without_fractions(args.dataset, args.label_column, labels, eval_labels)
-    class_names = splits["train"].attrs.get("names", {}).get(args.label_column)
-    index, names = number_labels(args, labels, eval_labels, class_names)
-    tell_about(args, texts, labels, rows, eval_texts if "validation" in splits else [])
-    train_table = Table([texts[i] for i in kept], [index[labels[i]] for i in kept])
-    return train_table, Table(eval_texts, [index[label] for label in eval_labels]), names
+        order = rows["training"].index[shuffled(len(rows["training"]), args.seed)]
+        train = train.loc[order[order.isin(train.index)][: args.train_samples]]
+    if train.empty or validation.empty:
+        raise InputError(f"{where}: too few rows to hold a tenth out; give a validation split")
+    numbers = {label: number for number, label in enumerate(labels)}
+    train, validation = (part.assign(label=part["label"].map(numbers)) for part in (train, validation))
+    return train, validation, names
 
 
-def read_splits(args: argparse.Namespace) -> dict:
-    """The splits of a folder, a file or a Hub data set as pandas tables: train, and perhaps validation."""
-    path = Path(args.dataset)
-    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by save_to_disk
-    if path.is_dir() and not saved:
-        part = path / (args.dataset_config or ".")  # as in a copy of a Hub data set
-        return read_folder(part if part.is_dir() else path)
-    if path.is_file() and path.suffix.lower() in FORMATS:
-        return {"train": read_file(path)}
-    named_as_path = path.suffix.lower() in FORMATS or args.dataset.startswith((".", "/", "~"))
-    if not saved and (path.exists() or named_as_path):
-        what = "not read here" if path.is_file() else "no such file"
-        raise InputError(f"--dataset {path}: {what}; give a folder or a file ending in {listed(FORMATS)}")
-    return load_data_set(args, saved)
-
-
-def read_folder(path: Path) -> dict:
-    """The splits of a folder of tables, or of its folder data: train.csv, or the Hub's numbered parts."""
+def read_splits(args: argparse.Namespace) -> dict[str, DataFrame]:
+    """The splits of a file, a folder or a data set of the Hub: training, and perhaps validation."""
     import pandas
 
-    if not any(file.suffix.lower() in FORMATS for file in path.iterdir()) and (path / "data").is_dir():
-        path = path / "data"
-    files, unused = {}, []
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in FORMATS:
-            stem, _, part = file.stem.lower().partition("-")  # train-00000-of-00002
-            if stem in SPLITS and re.fullmatch(r"(\d{5}-of-\d{5}(-\w+)?)?", part):
+    path = Path(args.dataset)
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by save_to_disk
+    if path.is_file() or path.suffix.lower() in FORMATS:
+        return {"training": read_file(path)}
+    if is_saved or not path.is_dir():
+        return load_data_set(args, is_saved)
+    files: dict[str, list[Path]] = {}
+    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # as copies of the Hub's
+        for file in [] if files else sorted(folder.glob("*")):
+            stem = file.stem.lower().partition("-")[0]  # train-00000-of-00002.parquet
+            if stem in SPLITS and file.suffix.lower() in FORMATS:
                 files.setdefault(SPLITS[stem], []).append(file)
-            elif stem not in ("test", "testing"):
-                unused.append(file.name)
-    if unused and files:
-        note(f"{path}: not used: {listed(unused)}")
-    for parts in files.values():
-        found = [re.search(r"-(\d{5})-of-(\d{5})", file.name) for file in parts]
-        count = int(found[0][2]) if found[0] else 1
-        numbers = [int(match[1]) if match else 0 for match in found]
-        if numbers != list(range(count)) or any(
-            bool(match) != (count > 1 or bool(found[0])) for match in found
-        ):
-            names = listed([file.name for file in parts])
-            raise InputError(f"{path}: two files for one split, or a part is missing ({names}); see to that")
-    splits = {}
     for split, parts in files.items():
-        tables = [read_file(file) for file in parts]
-        splits[split] = pandas.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
-        splits[split].attrs = tables[0].attrs
-    return splits
+        if len(parts) > 1 and not all(f"-of-{len(parts):05d}" in part.stem for part in parts):
+            raise InputError(f"{path}: not one file for the {split} split: {listed(parts)}; keep one")
+    tables = {split: [read_file(part) for part in parts] for split, parts in files.items()}
+    return {split: pandas.concat(parts, ignore_index=True) for split, parts in tables.items()}
 
 
-def load_data_set(args: argparse.Namespace, saved: bool) -> dict:
-    """The splits of a data set of the Hub, or of a folder of save_to_disk, as pandas tables."""
-    if not saved:
+def load_data_set(args: argparse.Namespace, is_saved: bool) -> dict[str, DataFrame]:
+    """The splits of a data set of the Hub, or of a folder of save_to_disk."""
+    if not is_saved:
         use_cache_if_offline()
-    import datasets  # a second, for those alone who need it; after the Hub was asked, whose answer it copies
+    import datasets  # a second, and after the Hub was asked, whose answer it copies
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, as InputError
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once, as InputError
     if not on_terminal():
         datasets.disable_progress_bars()
-    try:
-        if saved:
+    remedy = "name a file or a folder with --dataset" if is_saved else WITHOUT_HUB
+    with refusing(f"cannot load the data set {args.dataset!r}", remedy):
+        if is_saved:
             data = datasets.load_from_disk(args.dataset)
         else:
             revision = GLUE[2] if args.dataset == GLUE[0] else None
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
-    except Exception as error:  # of the network, of the Hub's files, of a damaged folder
-        hint = "" if saved else f"; {WITHOUT_HUB}"
-        what = f"cannot load the data set {args.dataset!r} ({reason(error)})"
-        raise InputError(f"{what}; name a local one with --dataset{hint}") from error
-    if isinstance(data, datasets.Dataset):
-        data = {"train": data}
-    return {SPLITS[name]: as_frame(data[name].with_format("arrow")[:]) for name in data if name in SPLITS}
+        parts = {"train": data} if isinstance(data, datasets.Dataset) else data
+        arrow = {SPLITS[name]: parts[name].with_format("arrow")[:] for name in parts if name in SPLITS}
+        return {split: as_frame(table) for split, table in arrow.items()}
 
 
-def read_file(path: Path):
-    """One file as a pandas table; every field of a CSV or TSV file stays the text that it is."""
-    import pandas  # half a second, for those alone who read a table
+def read_file(path: Path) -> DataFrame:
+    """One file as a pandas table; every field of a CSV or TSV file stays the text that it is.
+
+    Its attrs: header, the columns' names as they were; separator and mark (of the encoding) of a CSV file;
+    class_names of the columns of a Parquet file that the datasets library wrote.
+    """
+    import pandas
+    from pyarrow import parquet
 
     suffix = path.suffix.lower()
-    try:
+    with refusing(f"{path}: cannot be read", f"give a table that ends in {listed(FORMATS)}"):
+        if suffix not in FORMATS:
+            raise ValueError(f"{suffix or 'no ending'}")
         if suffix == ".parquet":
-            from pyarrow import parquet
-
             table = as_frame(parquet.read_table(path))
-        elif suffix in (".jsonl", ".json"):
-            table = pandas.DataFrame(read_json(path), dtype=object)
+        elif suffix in (".json", ".jsonl"):  # one object a line, or one array of objects
+            text, _ = read_text(path)
+            lines = [line for line in text.split("\n") if line.strip()]
+            rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
+            json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
+            table = pandas.DataFrame([row | {} for row in rows], dtype=object)
         else:
             table = read_csv(path)
-    except Exception as error:  # each parser raises its own
-        raise InputError(f"{path}: cannot be read ({reason(error)}); fix the file") from error
-    names = [str(name).strip() for name in table.columns]
-    if names != list(map(str, table.columns)) and len(set(names)) == len(names):
-        note(f"{path}: spaces around names of columns are left out")
-        table.columns = names
+        header = [str(name) for name in table.columns]
+        names = [name.strip() for name in header]
+        table.columns = [f"{name}.{i}" if name in names[:i] else name for i, name in enumerate(names)]
+        table.attrs["header"] = header
     return table
 
 
-def read_csv(path: Path):
+def read_csv(path: Path) -> DataFrame:
     """A CSV or TSV file without any guessing: "null" and "NA" are words, "007" is text."""
-    import csv
-
     import pandas
 
-    encoding = find_encoding(path)
-    with open(path, encoding=encoding, newline="\n") as file:
-        first = header = next(file, "")
-        while header and not header.strip():
-            header = next(file, "")
-    options = {"dtype": str, "na_filter": False, "encoding": encoding}
-    is_tsv = path.suffix.lower() == ".tsv"
-    if is_tsv:  # as GLUE writes it: a quote character is text, and only a newline ends a row
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
-    elif "," not in header and (";" in header or "\t" in header):
-        options["sep"] = ";" if ";" in header else "\t"
-        note(f"{path}: its columns are separated by {'semicolons' if ';' in header else 'tabs'}")
-    names = pandas.read_csv(path, header=None, nrows=1, **options).iloc[0]
-    if len(names) == 1 and header == first:
-        options["skip_blank_lines"] = False  # a blank line of one column is a row
-    table = pandas.read_csv(path, **options)
-    table.attrs["header"] = [name.removesuffix("\r") for name in names]  # pandas changes empty and equal ones
-    table.attrs["sep"] = "," if is_tsv else options.get("sep", ",")
-    with open(path, "rb") as file:
-        marked = file.read(2) in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")
-    table.attrs["marked"] = marked or encoding == "cp1252"  # Excel looks for a mark
-    if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first column for row names
-        raise ValueError("its rows have more fields than its header has names")
-    if is_tsv and header.endswith("\r\n"):
-        last = table.columns[-1]
-        table[last] = table[last].str.removesuffix("\r")
-        table = table.rename(columns={last: last.removesuffix("\r")})
-    if is_tsv and any(looks_quoted(table[name].head(1000)) for name in table.columns):
-        note(f"{path}: it has fields in quotes, which are text in a .tsv file; call it .csv if they are not")
+    text, encoding = read_text(path)
+    header = next((line for line in io.StringIO(text) if line.strip()), "")
+    separator = max(",;\t", key=header.count)
+    options = {"sep": separator, "header": None, "dtype": str, "na_filter": False}
+    if path.suffix.lower() == ".tsv":  # as GLUE writes it: a quote character is text
+        text = text.replace("\r\n", "\n")
+        options |= {"sep": "\t", "quoting": 3, "lineterminator": "\n"}
+    elif separator != "," and separator in header:
+        note(f"{path}: its columns are separated by {separator!r}")
+    has_one_column = options["sep"] not in header  # where a blank line is a row
+    options["skip_blank_lines"] = not (has_one_column and text.startswith(header))
+    table = pandas.read_csv(io.StringIO(text), **options)
+    table = table[1:].reset_index(drop=True).set_axis(table.iloc[0].tolist(), axis=1)
+    table.attrs = {"separator": options["sep"], "mark": encoding != "utf-8"}
     return table
 
 
-def looks_quoted(column) -> bool:
-    """Whether a column of a TSV file was written with a CSV file's quotes: all in quotes, or "" inside."""
-    wrapped = column[column.str.fullmatch(r'"(?:[^"]|"")+"')]
-    return len(wrapped) == len(column) > 0 or bool(wrapped.str[1:-1].str.contains('""').any())
+def read_text(path: Path) -> tuple[str, str]:
+    """A file's text and its encoding: what a byte-order mark says, or UTF-8, or Windows-1252 with a note."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16"), "utf-16"
+    if b"\0" in content:
+        raise ValueError("no text, or UTF-16 without its mark: save it as UTF-8")
+    encoding = "utf-8-sig" if content.startswith(b"\xef\xbb\xbf") else "utf-8"
+    try:
+        return content.decode(encoding), encoding
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        note(f"{path}: line {line} is not UTF-8; read as Windows-1252: is that right?")
+        return content.decode("cp1252"), "cp1252"
 
 
-def find_encoding(path: Path) -> str:
-    """What a byte-order mark says, or UTF-8; text that is neither is read as Windows-1252, with a note."""
-    with open(path, "rb") as file:
-        if (mark := file.read(2)) in (b"\xff\xfe", b"\xfe\xff"):
-            return "utf-16"
-        if b"\0" in mark:
-            raise ValueError("this is UTF-16 without its mark, or no text: save the file as UTF-8")
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                if re.search(rb"[\x00-\x08\x0e-\x1f\x81\x8d\x8f\x90\x9d]", line + mark):
-                    raise ValueError(f"line {number} is not UTF-8 text: save the file as UTF-8") from error
-                note(f"{path}: line {number} is not UTF-8; read as Windows-1252: is that right?")
-                return "cp1252"
-    return "utf-8-sig"
-
-
-def read_json(path: Path) -> list[dict]:
-    """The rows of a file of JSON: one object a line, or one array of objects."""
-    with open(path, encoding=find_encoding(path)) as file:
-        is_array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
-        file.seek(0)
-        rows = json.load(file) if is_array else [json.loads(line) for line in file if line.strip()]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not one JSON object a line")
-    json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
-    return rows
-
-
-def as_frame(table):
-    """An Arrow table as a pandas table that keeps its values; names of classes go into its `attrs`."""
+def as_frame(table) -> DataFrame:
+    """An Arrow table as a pandas table that keeps its values; names of classes go into its attrs."""
     import pandas
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = features.get("info", {}).get("features", {})
-    frame.attrs["names"] = {name: feature.get("names") for name, feature in features.items()}
+    frame.attrs["class_names"] = {name: feature.get("names") for name, feature in features.items()}
     return frame
 
 
-def read_columns(where: str | Path, table, columns: list[str]) -> list[list]:
-    """The values of some columns of a pandas table, None where there is none; raises InputError by name."""
-    import pandas
-
-    for column in columns:
-        if column not in table.columns:
-            what = f"no column {column!r} but {listed(list(table.columns))}"
-            remedy = "see --text-column and --label-column, and whether the first row holds the names"
-            raise InputError(f"{where}: {what}; {remedy}")
-    values = [table[column].tolist() for column in columns]
-    return [[None if pandas.api.types.is_scalar(v) and pandas.isna(v) else v for v in one] for one in values]
-
-
-TEXT_NAMES = (
-    "sentence text review comment message title content body description headline tweet query question"
-)
-LABEL_NAMES = "label labels class category sentiment intent stars rating topic target emotion"
-
-
-def find_columns(args: argparse.Namespace, table) -> tuple[str, str]:
-    """The columns of text and label: those given, the usual names, or the only ones that look like it.
-
-    Raises InputError, with a list, where two could be meant or none.
-    """
-    if args.text_column and args.label_column:
-        return args.text_column, args.label_column
-    names = [name for name in table.columns if not name.startswith("Unnamed:")]
-    text = args.text_column or choose_column(args.dataset, table, "text", names, TEXT_NAMES)
-    rest = [name for name in names if name != text]
-    label = args.label_column or choose_column(args.dataset, table, "label", rest, LABEL_NAMES)
-    values = table[label].head(2000).astype(str).tolist() if label in table.columns else []
-    guessed = not args.text_column and not args.label_column
-    if guessed and (len(text) > 40 or label in values):
-        what = f"its first row looks like data and not like names of columns: {listed(names)}"
-        raise InputError(f"{args.dataset}: {what}; put a row of names above it")
+def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
+    """The columns of text and label: those given, the usual names, or the only ones that look like it."""
+    is_guessed = not (text or label)
+    text = text or choose_column(where, table, "text")
+    label = label or choose_column(where, table, "label", taken=text)
+    if is_guessed and (len(text) > 40 or label in table[label].head(2000).astype(str).tolist()):
+        what = f"its first row looks like data, not names of columns: {listed(list(table.columns))}"
+        raise InputError(f"{where}: {what}; put a row of names above it")
     if (text, label) != ("sentence", "label"):
-        note(f"{args.dataset}: {text!r} is taken for the text, {label!r} for the label")
+        note(f"{where}: {text!r} is taken for the text, {label!r} for the label")
     return text, label
 
 
-def choose_column(where: str, table, what: str, names: list[str], usual: str) -> str:
-    """The column of that kind; raises InputError where it is not clear which."""
-    found = [name for name in names if name.lower() == usual.split()[0]]
-    found = found or [name for name in names if name.lower() in usual.split()]
-    if not found:
-        found = [name for name in names if looks_like(what, table[name])]
-    if len(found) > 1:
-        remedy = f"choose with --{what}-column"
-        raise InputError(f"{where}: several columns could be the {what}: {listed(found)}; {remedy}")
-    return found[0] if found else usual.split()[0]  # which is not there: whoever reads it says so
+def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> str:
+    """The column of "text" or "label"; raises InputError where it is not clear which."""
+    names = [name for name in table.columns if name not in ("", taken) and not name.startswith("Unnamed:")]
+    usual = USUAL[what].split()
+    found = [name for name in names if name.lower() == usual[0]]
+    found = found or [name for name in names if name.lower() in usual]
+    found = found or [name for name in names if looks_like(what, table[name])]
+    if len(found) != 1:
+        problem = f"which column is the {what}, of {listed(found or names)}, is not clear"
+        raise InputError(f"{where}: {problem}; say it with --{what}-column")
+    return found[0]
 
 
 def looks_like(what: str, column) -> bool:
     """Whether a column has long varied texts, or few short values that come again."""
     values = [str(value) for value in column.head(2000).dropna().tolist() if str(value).strip()]
-    if not values:
-        return False
-    length, kinds = sum(map(len, values)) / len(values), len(set(values))
+    length, kinds = sum(map(len, values)) / max(1, len(values)), len(set(values))
     if what == "text":
         return length > 20 and kinds > len(values) / 2
     return length < 40 and 2 <= kinds <= max(2, len(values) / 3)
 
 
-def read_rows(args: argparse.Namespace, name: str, table) -> tuple[list[str], list[str], list[int]]:
-    """Texts, labels and row numbers of one split, checked; blank sentences are skipped and counted."""
-    texts, labels = read_columns(args.dataset, table, [args.text_column, args.label_column])
-    kept = []
-    for i, text in enumerate(texts):
-        check_text(f"{args.dataset}: {name} row {i + 1}", args.text_column, text)
-        if not is_blank(text):
-            kept.append(i)
-    if not kept:
-        raise InputError(f"{args.dataset}: the {name} split is empty; it needs at least one sentence")
-    if len(kept) < len(texts):
-        blank = len(texts) - len(kept)
-        print(f"{args.dataset}: skipped {blank} blank sentences of {len(texts)} in the {name} split")
-    labels = as_labels(f"{args.dataset}: {name}", [labels[i] for i in kept], kept)
-    return [texts[i] for i in kept], labels, [i + 1 for i in kept]
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to read: white space and characters without a width."""
+    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
-def check_text(where: str, column: str, text: object) -> None:
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: {column!r} is not text but {visible(repr(text), 100)}")
+def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
+    """The rows that have something to read, numbered from 1: text and label, both as text (1.0 is 1)."""
+    for column in filter(None, (text, label)):
+        if column not in table.columns:
+            what = f"no column {column!r} but {listed(list(table.columns))}"
+            raise InputError(f"{where}: {what}; see --text-column and --label-column")
+    rows = table[[text, label or text]].astype(object).set_axis(["text", "label"], axis=1)
+    rows.index = range(1, len(rows) + 1)
+    rows = rows.where(rows.notna(), "")
+    is_text = rows["text"].map(lambda value: isinstance(value, str))
+    is_empty = is_text & rows["text"].where(is_text, "x").map(is_blank)
+    if class_names := table.attrs.get("class_names", {}).get(label):
+        rows["label"] = rows["label"].map(dict(enumerate(class_names)).get)
+    is_label = rows["label"].map(lambda value: isinstance(value, (str, numbers.Number)))
+    rows["label"] = rows["label"].map(str).str.strip().str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+    is_label = is_label & (rows["label"] != "") | is_empty
+    for what, column, is_good in (("text", text, is_text), ("label", label, is_label)):
+        if column and not is_good.all():
+            value = visible(repr(table[column].iloc[is_good.argmin()]), 100)
+            raise InputError(
+                f"{where}: row {is_good.idxmin()} has the {what} {value}; correct or remove it"
+            )
+    if is_empty.any():
+        note(f"{where}: {is_empty.sum():,} of {len(rows):,} rows have no text and are left out")
+    if is_empty.all():
+        raise InputError(f"{where}: no row has a text; give at least one")
+    return rows[~is_empty]
 
 
-def is_blank(text: str | None) -> bool:
-    """Whether there is nothing to read: no text, or white space and characters without a width."""
-    import unicodedata
-
-    return (
-        not text
-        or not (stripped := text.strip())
-        or (len(stripped) < 100 and all(c.isspace() or unicodedata.category(c) == "Cf" for c in stripped))
-    )
-
-
-def as_labels(where: str, labels: list, rows: list[int]) -> list[str]:
-    """Labels as text, without spaces at their ends; raises InputError for a row without one."""
-    import numbers
-
-    for i, label in zip(rows, labels, strict=True):
-        if not isinstance(label, (numbers.Number, str)) or not str(label).strip():
-            what = f"row {i + 1}: {visible(repr(label), 100)} is no label"
-            raise InputError(f"{where} {what}; give whole numbers or names")
-    found = {label: str(label).strip() for label in set(labels)}
-    if any(found[label] != str(label) for label in found):
-        note(f"{where.rstrip(':')}: spaces around labels are left out")
-    return [found[label] for label in labels]
-
-
-def without_fractions(where: str, column: str, *splits: list[str]) -> list[list[str]]:
-    """Labels with 1.0 as 1, where all labels are numbers; raises InputError for one that is not whole."""
-    found = sorted(set().union(*splits))
-    if not all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
-        return list(splits)
-    broken = [label for label in found if label.partition(".")[2].strip("0")]
-    if broken:
-        what = f"{len(found)} different numbers in {column!r}, {broken[0]} among them"
-        raise InputError(f"{where}: {what}; labels are whole numbers or names")
-    return [[label.partition(".")[0] for label in labels] for labels in splits]
-
-
-def tell_about(
-    args: argparse.Namespace, texts: list[str], labels: list[str], rows: list[int], eval_texts: list[str]
-) -> None:
+def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
     """A line for each thing in the data that could surprise; silence where there is nothing to say."""
-    import pandas
-
-    table = pandas.DataFrame({"text": texts, "label": labels, "row": rows}, dtype=object)
-    again = table[table["text"].duplicated(keep=False)]
-    if len(again):
-        first = again.loc[again["text"] == again["text"].iloc[0], "row"].iloc[:2]
-        extra = len(again) - again["text"].nunique()
-        note(f"{args.dataset}: {extra:,} rows repeat the text of another, such as rows {listed(list(first))}")
-    torn = [group for _, group in again.groupby("text", sort=False) if group["label"].nunique() > 1]
-    if torn:
-        pair = torn[0].drop_duplicates("label").head(2)
-        shown = " and ".join(
-            f"{row} ({label})" for row, label in zip(pair["row"], pair["label"], strict=True)
-        )
-        note(f"{args.dataset}: {len(torn):,} texts have more than one label, such as rows {shown}")
-    seen = len(set(eval_texts) & set(texts)) if eval_texts else 0
-    if seen:
-        note(f"{args.dataset}: {seen:,} validation texts are among the training rows: the result is too good")
-    counts = table["label"].value_counts()
-    folded = counts.groupby(counts.index.str.casefold()).apply(lambda group: list(group.index))
-    for alike in folded[folded.map(len) > 1].head(3):
-        note(f"{args.dataset}: labels that differ in case alone are different labels: {listed(alike)}")
-    few = [f"{label} ({count})" for label, count in counts.items() if count < 10]
-    if few:
-        note(f"{args.dataset}: labels with fewer than ten rows: {listed(few, 10)}")
+    labels_of_text = train.groupby("text")["label"].transform("nunique")
+    counts = train["label"].value_counts()
+    lower = counts.index.str.casefold()
+    for what, found in (
+        ("rows repeat an earlier text", train.index[train["text"].duplicated()]),
+        ("rows have a text with more than one label", train.index[labels_of_text > 1]),
+        ("validation rows are trained on, too", validation.index[validation["text"].isin(train["text"])]),
+        ("labels differ in capital letters alone", counts.index[lower.duplicated(keep=False)]),
+        ("labels have fewer than ten rows", counts.index[counts < 10]),
+    ):
+        if len(found):
+            note(f"{where}: {len(found):,} {what}: {listed(found, 10)}")
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -903,106 +694,68 @@ def shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def hold_out(texts: list[str], labels: list[str], seed: int) -> tuple[list[int], list[int]]:
+def hold_out(rows: DataFrame, seed: int) -> tuple[DataFrame, DataFrame]:
     """The rows to train on, and those of a tenth of each label's texts, rounded up.
 
-    It is drawn by text, so that no held-out one is trained on; every label stays in training.
+    It is drawn by text, so that no held-out one is trained on; a label's only text stays in training.
     """
-    texts_of = {}
-    for i in shuffled(len(labels), seed):
-        texts_of.setdefault(labels[i], {})[texts[i]] = True  # a set that keeps its order
-    drawn = set()
-    for own in texts_of.values():
-        if len(own) > 1:
-            drawn.update(list(own)[: math.ceil(len(own) / 10)])
-    held = {i for i, text in enumerate(texts) if text in drawn}
-    if not held:  # a text a label: there is nothing to draw by but rows
-        held = set(shuffled(len(labels), seed)[: math.ceil(len(labels) / 10)])
-    return [i for i in range(len(texts)) if i not in held], sorted(held)
+    texts = rows.iloc[shuffled(len(rows), seed)].drop_duplicates(["text", "label"])
+    groups = texts.groupby("label")["text"]
+    rank, size = groups.cumcount(), groups.transform("size")
+    drawn = texts["text"][(rank < (size / 10).map(math.ceil)) & (size > 1)]
+    held = rows["text"].isin(drawn)
+    return rows[~held], rows[held]
 
 
-def number_labels(
-    args: argparse.Namespace, labels: list[str], eval_labels: list[str], class_names: list[str] | None
-) -> tuple[dict[str, int], list[str]]:
-    """The index of each label and the labels' names: by value where all are whole numbers, else by name."""
-    found = set(labels)
-    numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in found.union(eval_labels))
-    if len(labels) > 20 and len(found) > 0.9 * len(labels):
-        what = f"{len(found):,} different labels in {len(labels):,} rows of {args.label_column!r}"
-        raise InputError(f"{args.dataset}: {what}; is it the right --label-column?")
-    if class_names:
-        known = [str(i) for i in range(len(class_names))]
-    elif numbers:
-        known = sorted(found, key=lambda label: (int(label), label))
-    else:
-        known = sorted(found)
-    if len(known) < 2:
-        raise InputError(f"{args.dataset}: the only label is {labels[0]!r}; a classifier needs at least two")
-    unknown = sorted(found.union(eval_labels) - set(known))
-    if unknown:
-        what = f"label {visible(repr(unknown[0]), 60)} of a row is not one of the training labels"
-        raise InputError(f"{args.dataset}: {what} {listed(known)}")
-    own = class_names or known
-    if max(map(len, [*own, *(args.label_names or [])])) > LONGEST_NAME or len(set(own)) < len(own):
-        what = f"labels of over {LONGEST_NAME} characters, or two of one name"
-        raise InputError(f"{args.dataset}: {what}; is it the right --label-column?")
-    names = args.label_names
-    if names and not numbers:
-        what = "--label-names is for integer labels"
-        raise InputError(f"{what}; {args.dataset} has names: {listed(known)}")
-    if names and (len(names) != len(known) or len(set(names)) < len(names)):
-        what = f"--label-names: {listed(names)} are not {len(known)} names"
-        raise InputError(f"{what} for the labels {listed(known)}")
-    return {label: i for i, label in enumerate(known)}, names or class_names or known
-
-
-def weigh_labels(labels: Tensor, model: nn.Module) -> Tensor:
-    """(labels,): rare ones more, so that each label has the same weight in all and a row 1 on average."""
-    counts = torch.bincount(labels, minlength=model.config.num_labels)
-    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
-    return weights.to(model.device)
+def number_labels(args: argparse.Namespace, train: set, validation: set, class_names: list | None) -> tuple:
+    """The labels in the order of their numbers, and their names: by value where all are whole numbers."""
+    every = train | validation
+    are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in every)
+    fractions = not are_numbers and all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in every)
+    labels = class_names or sorted(train, key=lambda label: (int(label) if are_numbers else 0, label))
+    names, unknown = args.label_names or labels, sorted(every.difference(labels))
+    for is_wrong, what in (
+        (fractions, f"{listed(sorted(every), 3)} are neither names nor whole numbers"),
+        (len(labels) < 2, f"{labels[0]!r} is the only one; a classifier needs two"),
+        (unknown, f"{listed(unknown)} of a row is not one of the training labels {listed(labels)}"),
+        (names != labels and not (are_numbers or class_names), f"they have names: {listed(labels)}"),
+        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {listed(labels)}"),
+        (max(map(len, names)) > 1000, "one has more than 1,000 characters"),
+    ):
+        if is_wrong:
+            raise InputError(f"{args.dataset}: labels: {what}; see --label-column and --label-names")
+    return labels, names
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 FORMAT = 1  # of the checkpoint; a reader refuses a number that it does not know
-FACTS = {  # what a checkpoint says beside its tensors, and of which type it is
+FACTS = {  # what a checkpoint says beside its tensors, and of which type it is; and what identify gives
     "base": str,
-    "revision": str | None,
+    "revision": str | None,  # the Hub's commit
     "fingerprint": str,
-    "label_names": list,
-    "max_length": int,
-    "targets": list,
+    "label_names": list,  # in the order of their numbers
+    "max_length": int,  # tokens
+    "targets": list,  # names of the wrapped layers
     "r": int,
     "alpha": int | float,
     "dropout": int | float,
     "use_rslora": bool,
 }
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
-LONGEST_NAME = 1000  # of a label or a target, in characters
-RANGES = {"r": (1, 65_536), "alpha": (0, 1e6), "dropout": (0, 0.99)}  # of flags and of files alike
 
 
 def adapter_facts(args: argparse.Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
     """What has to be known to rebuild the model, beside its tensors."""
-    return {
-        "base": args.model,
-        "revision": base.revision,
-        "label_names": label_names,
-        "max_length": args.max_length,
-        "targets": sorted({last_name(path) for path in wrapped}),
-        "r": args.r,
-        "alpha": args.alpha,
-        "dropout": args.dropout,
-        "use_rslora": args.use_rslora,
-        **base.identity,
-    }
+    facts = {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
+    facts |= {"base": args.model, "revision": base.revision, "label_names": label_names}
+    return facts | {"targets": sorted({last_name(path) for path in wrapped})} | base.identity
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
     """What a checkpoint keeps: <module path>.lora_A and .lora_B, and the head under its own names."""
     kept = [name for name in state if name.endswith((".lora_A", ".lora_B")) or name in head]
-    return {name: state[name].cpu().clone() for name in kept}
+    return {name: state[name].cpu() for name in kept}
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokenizer: Callable) -> None:
@@ -1012,302 +765,233 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokeniz
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
 
-def load_checkpoint(
-    path: str | Path, base_name: str | None = None, load: Callable | None = None
-) -> tuple[Base, dict]:
+def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
     """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
 
-    `base_name` says where the base lies when the checkpoint's own name for it does not, and `load` how
-    to get it. Raises InputError for a file that is no checkpoint, for tensors missing, left over,
-    misshapen or not finite, and for another base.
+    `base_name` says where the base is if it has moved, and `load` how to get it. Raises InputError for a
+    file that is no checkpoint, for another base, and for tensors missing, left over or not finite.
     """
     checkpoint = read_tensors(path)
-    check_facts(path, checkpoint, FACTS | {"state_dict": dict})
-    base = load_trained_base(path, checkpoint, base_name, load)
-    try:
+    with refusing(f"{path}: not a checkpoint of this project, or damaged", "train or copy it again"):
+        tensors = checkpoint["state_dict"]
+        check_facts(checkpoint, tensors)
+        base = find_trained_base(checkpoint, base_name, load)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its settings do not fit its base ({reason(error)})") from error
-    expected = tensors_to_save(base.model.state_dict(), base.head)
-    check_tensors(path, checkpoint["state_dict"], expected)
-    base.model.load_state_dict(checkpoint["state_dict"], strict=False)  # the keys have been compared
+        copy_all(tensors, tensors_to_save(base.model.state_dict(), base.head))
     base.model.eval()
     return base, checkpoint
 
 
-def read_tensors(path: str | Path) -> object:
+def read_tensors(path: str | Path) -> dict:
     """What a file of torch.save holds, if it is tensors and plain values: code in it is never run."""
-    from zipfile import ZipFile
-
-    try:
+    with refusing(f"{path}: not a file of lora_scratch.py, or damaged", "python lora_scratch.py makes one"):
         with ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load does not look at the checksums
-                raise ValueError(damaged)
+                raise ValueError(f"{damaged} has changed")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; python lora_scratch.py makes one") from error
-    except Exception as error:  # whatever bytes these are: torch raises half a dozen types
-        what = f"not a file of lora_scratch.py, or a damaged one ({type(error).__name__})"
-        raise InputError(f"{path}: {what}") from error
 
 
-def check_facts(path: str | Path, facts: object, kinds: dict) -> None:
-    """Raise InputError unless `facts` is of our format and has a value of the right type for each key."""
-    found = facts if isinstance(facts, dict) else {}
-    if isinstance(found.get("format"), int) and found["format"] != FORMAT:
-        message = f"format {found['format']}, but this version reads {FORMAT}"
-        raise InputError(f"{path}: {message}; update the project")
-    identity = {key: kind for key, kind in (("config", dict), ("tokenizer", str)) if key in found}
-    for key, kind in {"format": int, **kinds, **identity}.items():
-        value = found.get(key)
-        right = key in found and isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if right and key in RANGES:
-            right = RANGES[key][0] <= value <= RANGES[key][1]
-        if right and key in ("label_names", "targets"):
-            right = all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in value)
-            right = right and len(set(value)) == len(value) >= (2 if key == "label_names" else 1)
-        if not right:
-            what = f"its {key!r} is missing or no such value"
-            raise InputError(f"{path}: not made by this project, or damaged: {what}")
+def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the facts have our format, types and ranges, and the rank of their tensors."""
+    if facts["format"] != FORMAT:
+        raise ValueError(f"format {facts['format']}; this version reads {FORMAT}")
+    for key, kind in FACTS.items():
+        value, (low, high) = facts[key], RANGES.get(key, (-math.inf, math.inf))
+        is_right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_right or (key in RANGES and not low <= value <= high):
+            raise ValueError(f"{key} is {value!r}")
+        if kind is list and not len(value) == len({name for name in value if isinstance(name, str)}) > 0:
+            raise ValueError(f"{key} is no list of names")
+    if any(len(tensor) != facts["r"] for name, tensor in tensors.items() if name.endswith("lora_A")):
+        raise ValueError(f"r is {facts['r']}, its tensors have another rank")
 
 
-def check_tensors(path: str | Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise InputError unless both have the same keys, types and shapes and every number is finite."""
-    for key in sorted(found.keys() ^ expected.keys(), key=str):
-        what = "missing" if key in expected else "not expected"
-        raise InputError(f"{path}: tensor {visible(repr(key))} is {what}")
-    for key, like in expected.items():
-        tensor = found[key]
-        if not is_plain(tensor) or tensor.dtype != like.dtype:
-            raise InputError(f"{path}: {key!r} is no plain tensor of {like.dtype}")
-        if tensor.shape != like.shape or not tensor.isfinite().all():
-            what = f"tensor {key!r} {tuple(tensor.shape)}"
-            raise InputError(f"{path}: {what} has the wrong shape, NaN or infinity in it")
+@torch.no_grad()
+def copy_all(source: dict, target: dict) -> None:
+    """Copy tensors into those of the same name: all of them, of the same shape and type, and finite.
 
-
-def is_plain(tensor: object) -> bool:
-    """Whether this is a dense tensor with numbers in it."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        return False
-    return not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+    Thereby a file can only fill tensors that are here already. Raises ValueError otherwise.
+    """
+    for key in source.keys() ^ target.keys():
+        raise ValueError(f"{visible(key)} is {'missing' if key in target else 'not expected'}")
+    for key, tensor in target.items():
+        if isinstance(tensor, dict):
+            copy_all(source[key], tensor)
+        elif (source[key].shape, source[key].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{key} is {source[key].dtype} of shape {tuple(source[key].shape)}")
+        elif not tensor.copy_(source[key]).isfinite().all():
+            raise ValueError(f"{key} has NaN or infinity in it")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then move it into place: whole, or not at all."""
-    temporary = path
-    try:
+    with refusing(f"cannot write {path}", "an older one is unchanged; make room or name another place"):
         target = path.resolve()  # a link stays a link, and the move stays on one file system
-        temporary = target.with_name(f".{os.getpid()}.tmp")
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
-        what = "the old file is unchanged" if path.exists() else "make room or name another place"
-        raise InputError(f"cannot write {path} ({reason(error)}); {what}") from error
-    finally:
-        if temporary != path:
+        temporary = target.with_name(f".{os.getpid()}.tmp")
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], object], last: str = "") -> None:
-    """Let `write` fill a temporary folder, which becomes `path`, or whose files move into it, `last` last."""
-    import shutil
-
-    from safetensors import SafetensorError
-
-    temporary = Path(f".{os.getpid()}.tmp")
-    try:
-        target = path.resolve()
-        is_new = not target.exists()
-        temporary = (target.parent if is_new else target) / temporary
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
-        if is_new:
-            os.replace(temporary, target)
-        else:  # perhaps a mounted volume, which cannot be replaced
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
-                os.replace(file, target / file.name)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"cannot write {path} ({reason(error)}); make room or name another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Let `write` fill a temporary folder, then move each file to `path`, the one named `last` at the end."""
+    with refusing(f"cannot write {path}", "make room or name another place"):
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=path) as temporary:
+            write(Path(temporary))
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+                write_file(path / file.name, functools.partial(shutil.copyfile, file))
 
 
 # --- Resuming ------------------------------------------------------------------------------------
 
 
-def data_facts(train_set: Tokens, eval_set: Tokens) -> dict[str, str]:
-    """SHA-256 of the sentences and labels of both sets: a resumed run has to have the same."""
-    from hashlib import sha256
-
-    facts = {}
-    for name, tokens in (("training data", train_set), ("validation data", eval_set)):
-        digest = sha256()
-        for array in (tokens.ids, tokens.lengths, tokens.labels):
-            digest.update(array.numpy())
-        facts[f"{name}, as SHA-256"] = digest.hexdigest()
-    return facts
-
-
-EPOCH_KEYS = ("epoch", "steps", "train_loss", "eval_loss", "accuracy", "correct", "total", "seconds")
-EPOCH_KEYS += ("sentences_per_second",)
-
-
 class TrainingState:
-    """The course of a training, and what --resume needs of it in a file beside the output.
+    """The course of a training: its progress as it is printed, and what --resume needs in a file.
 
-    Adapter and head, optimiser, schedule, scaler, random generators, losses and epochs so far, and the
-    settings that have to be the same again. The order of the sentences needs no place: seed and epoch
-    decide it.
+    The file beside the output holds adapter and head, the optimiser's moments, the scaler, random
+    generators, losses and epochs so far, and the settings that have to be the same again. The order of the
+    sentences and the learning rate need no place: seed, epoch and step decide them.
     """
 
-    MUST_MATCH = ("lr", "epochs", "max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm")
-    MUST_MATCH += ("seed", "train_samples", "freeze_head", "use_dora", "balance")
+    MAY_DIFFER = {  # data and base are recognised by their content
+        *("demo", "model", "revision", "dataset", "dataset_config", "text_column", "label_column"),
+        *("label_names", "train_samples", "recipe", "device", "threads", "log_every", "save_every"),
+        *("resume", "output", "import_scratch", "export_scratch"),
+    }
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, facts: dict, dtype: torch.dtype):
+    def __init__(self, args: argparse.Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
+        self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
         self.path = args.output.with_name(f"{args.output.name}.state")
-        self.resume = args.resume
-        self.model = model
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.settings = {key: getattr(args, key) for key in self.MUST_MATCH if hasattr(args, key)}
-        self.settings |= {key: value for key, value in facts.items() if key not in ("base", "revision")}
-        self.settings = {key: str(value) for key, value in self.settings.items()}
-        self.settings["precision"] = str(dtype)
-        self.losses = torch.zeros(0)  # of every step
-        self.epochs = []  # a record of each
+        settings = {key: value for key, value in vars(args).items() if key not in self.MAY_DIFFER}
+        settings |= {key: facts[key] for key in ("label_names", "targets", "fingerprint", "tokenizer")}
+        for name, part in zip(("training data", "validation data"), sets, strict=True):
+            numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
+            settings[name] = sha256(numbers).hexdigest()
+        settings["precision"] = record["precision"]
+        self.settings = {key: str(value) for key, value in settings.items()}
         self.stopped = 0  # the number of the signal that came
         self.done = 0  # steps, when last saved
 
-    def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scheduler: LambdaLR, scaler) -> int:
-        """Put everything back where a run was interrupted; returns the number of its first step."""
-        if total_steps > MOST_STEPS:
-            raise InputError(f"{total_steps:,} steps are too many; lower --epochs, or give --max-steps")
-        self.parts = {"optimizer": optimizer, "scaler": scaler}
-        self.scheduler, self.steps_per_epoch = scheduler, steps_per_epoch
+    def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scaler) -> int:
+        """Make room for all that a state holds; --resume fills it. Returns the number of the first step."""
+        self.steps_per_epoch, self.optimizer, self.scaler = steps_per_epoch, optimizer, scaler
         self.losses = torch.zeros(total_steps, device=self.model.device)
-        if self.resume and self.path.exists():
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for p in trained.values():  # as AdamW does at its first step
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        moments = {"state": {i: optimizer.state[p] for i, p in enumerate(trained.values())}}
+        self.tensors = {"trained": trained, "optimizer": moments, "losses": self.losses}
+        if self.args.resume and self.path.exists():
             self.load()
-        elif self.resume:
+        elif self.args.resume:
             print(f"no training state {self.path} yet: starting from the beginning")
+        self.epoch_start, self.clock = self.done, time.perf_counter()
+        is_silent = rank_and_size()[0] > 0 or not on_terminal()
+        self.bar = tqdm(total=total_steps, initial=self.done, disable=is_silent, dynamic_ncols=True)
         return self.done
 
     def load(self) -> None:
         """Put everything back; raises InputError for a file that is not the state of this very run."""
         state = read_tensors(self.path)
-        kinds = dict.fromkeys(["settings", "trained", *self.parts], dict)
-        check_facts(self.path, state, kinds | {"losses": Tensor, "epochs": list, "generators": list})
-        for key, now in self.settings.items():
-            then = state["settings"].get(key)
-            if then != now:
-                what = f"{key} was {visible(then, 60)} and is now {visible(now, 60)}"
-                raise InputError(f"--resume: {what}; use the same, or leave out --resume")
-        trained = {name: p.detach().cpu() for name, p in self.trained.items()}
-        check_tensors(self.path, state["trained"], trained)
-        try:
-            self.check_parts(state)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+        with refusing(f"{self.path}: not a training state of this run", "leave out --resume"):
+            for key, now in self.settings.items():
+                if (then := state["settings"][key]) != now:
+                    raise ValueError(f"{key} was {visible(then, 60)} and is now {visible(now, 60)}")
+            done, epochs, total = state["done"], json.loads(state["epochs"]), len(self.losses)
+            ended = done // self.steps_per_epoch + (done == total and done % self.steps_per_epoch > 0)
+            if not 0 < done <= total or len(epochs) != ended:
+                raise ValueError(f"{len(epochs)} epochs in {done} steps")
+            copy_all({key: state[key] for key in self.tensors}, self.tensors)
+            self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["generators"][0])
             if torch.cuda.is_initialized() and len(state["generators"]) > 1:
                 torch.cuda.set_rng_state(state["generators"][1])
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{self.path}: not a training state of this run ({reason(error)})") from error
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state["trained"][name])
-        self.done = len(state["losses"])
-        self.scheduler.last_epoch = self.done
-        self.losses[: self.done] = state["losses"]
-        self.epochs = state["epochs"]
-        print(f"resumed after step {self.done}")
-        if self.done == len(self.losses):
-            print("this run is finished: there is nothing left to train")
-
-    def check_parts(self, state: dict) -> None:
-        """Raise ValueError for what does not fit: the fused AdamW trusts its tensors, and would crash."""
-        losses, optimizer = state["losses"], state["optimizer"]
-        steps = len(losses) if is_plain(losses) and losses.dim() == 1 else 0
-        if not 0 < steps <= len(self.losses) or losses.dtype != torch.float32:
-            raise ValueError(f"{steps} losses for {len(self.losses)} steps")
-        if optimizer["state"].keys() != set(range(len(self.trained))):
-            raise ValueError("the optimiser knows other parameters")
-        for i, parameter in enumerate(self.trained.values()):
-            moments = dict.fromkeys(["exp_avg", "exp_avg_sq"], parameter.detach().cpu())
-            found = optimizer["state"][i]
-            check_tensors(self.path, found, moments | {"step": torch.tensor(float(steps))})
-            skipped = steps - found["step"].item()  # by float16's scaler alone
-            if (found["exp_avg_sq"] < 0).any() or not 0 <= skipped <= steps * self.parts[
-                "scaler"
-            ].is_enabled():
-                raise ValueError("the optimiser is of another step")
-        (group,) = optimizer["param_groups"]
-        (now,) = self.parts["optimizer"].state_dict()["param_groups"]
-        rate = now["initial_lr"] * self.scheduler.lr_lambdas[0](steps)
-        if any(group[key] != (rate if key == "lr" else now[key]) for key in now):
-            raise ValueError("the optimiser has other settings, or is of another step")
-        finished = steps == len(self.losses) and steps % self.steps_per_epoch > 0
-        if len(state["epochs"]) != steps // self.steps_per_epoch + finished:
-            raise ValueError("its epochs are not those of its steps")
-        for number, epoch in enumerate(state["epochs"], start=1):
-            values = [epoch[key] for key in EPOCH_KEYS]
-            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-                raise ValueError("its epochs are no records")
-            if epoch["epoch"] != number or len(epoch) != len(EPOCH_KEYS):
-                raise ValueError("its epochs are others")
+        self.record["epochs"], self.done = epochs, done
+        print(f"resumed after step {done}{': this run is finished' if done == total else ''}")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps; weights that are not finite are never written."""
         self.check_finite(done)
         self.done = done
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"format": FORMAT, "settings": self.settings, "trained": self.trained}
-        state |= {"losses": self.losses[:done].cpu().clone(), "epochs": self.epochs}
+        state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
+        state |= {"epochs": json.dumps(self.record["epochs"]), "scaler": self.scaler.state_dict()}
         state["generators"] = [torch.get_rng_state()]  # of the CPU, and of this process's GPU
         if torch.cuda.is_initialized():
             state["generators"].append(torch.cuda.get_rng_state())
-        if is_first_process():
+        if rank_and_size()[0] == 0:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
     def check_finite(self, done: int) -> None:
         """Raise InputError where a loss so far or a weight now is not finite: what was saved is sound."""
-        bad = (~self.losses[:done].isfinite()).nonzero()
-        if len(bad) or not all(p.detach().sum().isfinite() for p in self.trained.values()):
-            step = int(bad[0]) + 1 if len(bad) else done
-            what = "the loss is" if len(bad) else "the weights are"
-            rate = self.scheduler.get_last_lr()[0]
-            raise InputError(f"step {step}: {what} not finite, near learning rate {rate:.1e}; lower --lr")
+        tensors = [self.losses[:done], *self.tensors["trained"].values()]
+        if not all(tensor.detach().sum().isfinite() for tensor in tensors):
+            what = f"step {done}: the loss or a weight is not finite"
+            raise InputError(f"{what}, at a learning rate of {self.args.lr:.1e}; lower --lr")
+
+    def report(self, done: int) -> None:
+        """Show the mean loss of the last steps: on a terminal's bar, or on a line now and then."""
+        self.check_finite(done)  # rarely: it waits for the GPU
+        self.seconds = time.perf_counter() - self.clock
+        sentences = min((done - self.epoch_start) * self.args.batch_size, self.sentences)
+        self.sentences_a_second = sentences / self.seconds
+        loss = self.losses[max(0, done - self.args.log_every) : done].mean()
+        rate = self.optimizer.param_groups[0]["lr"]
+        said = f"loss {loss:.4f}, lr {rate:.1e}, {self.sentences_a_second:.0f} sentences/s"
+        self.bar.set_postfix_str(said)
+        self.bar.update(done - self.bar.n)
+        if self.bar.disable and done % (10 * self.args.log_every) == 0:
+            print(f"step {done}/{len(self.losses)}: {said}", flush=True)
+
+    def end_epoch(self, done: int, eval_loss: float, confusion: Tensor) -> None:
+        """Add the epoch to the record, and print it."""
+        epochs, every, result = self.record["epochs"], self.args.log_every, score(confusion)
+        losses = self.losses[len(epochs) * self.steps_per_epoch : done]
+        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), "train_loss": losses.mean().item()}
+        epoch |= {"eval_loss": eval_loss, **{key: result[key] for key in ("accuracy", "correct", "total")}}
+        epoch |= {"seconds": self.seconds, "sentences_per_second": self.sentences_a_second}
+        epochs.append(epoch)
+        blocks = [round(block.mean().item(), 5) for block in self.losses[:done].split(every)]
+        self.record["loss_curve"] = {"every": every, "loss": blocks}
+        right = f"{result['accuracy']:.2f} % ({result['correct']}/{result['total']})"
+        said = f"training loss {epoch['train_loss']:.4f}, validation loss {eval_loss:.4f}, accuracy {right}"
+        self.bar.clear()
+        print(f"epoch {len(epochs)}: {said}, {self.seconds:.1f} s", flush=True)
+        self.epoch_start, self.clock = done, time.perf_counter()
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Note Ctrl-C and SIGTERM instead of dying in the middle of a step; the second one ends at once."""
+        """Note Ctrl-C, SIGTERM and SIGHUP instead of dying within a step; the second ends at once."""
 
-        def note(number: int, _: object) -> None:
+        def remember(number: int, _: object) -> None:
             self.stopped = number
             signal.signal(number, signal.SIG_DFL)
 
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-        former = {number: signal.signal(number, note) for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        former = {n: signal.signal(n, remember) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         try:
             yield
         finally:
+            self.bar.close()
             for number, handler in former.items():
                 signal.signal(number, handler)
 
+    def leave(self) -> int:
+        """The exit code of a process that saves no result, after a word on how to go on."""
+        if self.stopped:
+            print(f"stopped after step {self.done}; the same command with --resume continues", flush=True)
+        return 128 + self.stopped if self.stopped else 0
 
-def leave(state: TrainingState) -> int:
-    """The exit code of a process that does not save a result, after a word on how to go on."""
-    if not state.stopped:
-        return 0
-    print(f"stopped after step {state.done}; the same command with --resume goes on from there", flush=True)
-    return 128 + state.stopped
+
+def on_terminal() -> bool:
+    """Whether a line can be redrawn in place: a notebook or a log would keep every state of a bar."""
+    return sys.stderr.isatty() and not {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
 
 
 # --- Several processes ---------------------------------------------------------------------------
@@ -1318,34 +1002,20 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_processes(device: torch.device) -> None:
-    """Meet the others, where torchrun started several."""
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def is_first_process() -> bool:
-    return rank_and_size()[0] == 0
-
-
 def leave_group() -> bool:
     """Part from the other processes after the training; whether this is the first one, which goes on."""
-    first = is_first_process()
+    rank, _ = rank_and_size()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return first
+    return rank == 0
 
 
 def share_gradients(model: nn.Module, seed: int) -> nn.Module:
     """The model; of several processes each gets the mean of all gradients, and a dropout of its own."""
     rank, ranks = rank_and_size()
-    if ranks == 1:
-        return model
     if rank > 0:
         torch.manual_seed(seed + rank)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
 
 def own_share(batch: list[int]) -> tuple[list[int], float]:
@@ -1359,230 +1029,69 @@ def own_share(batch: list[int]) -> tuple[list[int], float]:
     return share or batch[:1], ranks / len(batch) if share else 0.0
 
 
-def own_batches(batches: list[list[int]]) -> list[list[int]]:
-    rank, ranks = rank_and_size()
-    return batches[rank::ranks]
-
-
-def sum_over_processes(logits: Tensor, device: torch.device) -> Tensor:
-    """Logits of which each process has computed some rows and left the others zero."""
-    if rank_and_size()[1] > 1:
-        logits = logits.to(device)  # nccl adds up on the GPU, gloo on the CPU
-        dist.all_reduce(logits)
-    return logits.cpu()
-
-
-def mean_over_processes(loss: Tensor) -> Tensor:
-    _, ranks = rank_and_size()
-    if ranks > 1:
-        dist.all_reduce(loss)
-    return loss / ranks
+def sum_over_processes(numbers: Tensor) -> Tensor:
+    """The sum of what each process has computed; of one process, what it has."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
 
 
 # --- What a run says and writes ------------------------------------------------------------------
 
 
-class Progress:
-    """How the training goes: a bar on a terminal, a line now and then elsewhere, and one an epoch."""
-
-    def __init__(self, state: TrainingState, first_step: int, sentences: int, args: argparse.Namespace):
-        import time
-
-        from tqdm import tqdm
-
-        self.now = time.perf_counter
-        self.state, self.sentences, self.args = state, sentences, args
-        self.first = first_step  # of this epoch, or of this run
-        self.start = self.now()
-        silent = not is_first_process() or not on_terminal()
-        total = len(state.losses)
-        self.bar = tqdm(total=total, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def report(self, done: int, lr: float) -> None:
-        """The mean loss of the last steps; raises InputError where it is not finite."""
-        self.state.check_finite(done)  # rarely: it waits for the GPU
-        self.seconds = self.now() - self.start
-        sentences = min((done - self.first) * self.args.batch_size, self.sentences)
-        self.sentences_a_second = sentences / self.seconds
-        loss = self.state.losses[max(0, done - self.args.log_every) : done].mean().item()
-        rate = f"{self.sentences_a_second:.0f} sentences/s"
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate}")
-        self.bar.update(done - self.bar.n)
-        if self.bar.disable and done % (10 * self.args.log_every) == 0:
-            total = len(self.state.losses)
-            print(f"step {done}/{total}  loss {loss:.4f}  lr {lr:.1e}  {rate}", flush=True)
-
-    def end_epoch(self, done: int, eval_loss: float, confusion: Tensor) -> None:
-        """Keep a record of the epoch, and print it."""
-        epoch = len(self.state.epochs) + 1
-        steps_per_epoch = math.ceil(self.sentences / self.args.batch_size)
-        losses = self.state.losses[(epoch - 1) * steps_per_epoch : done]
-        correct, total = int(confusion.trace()), int(confusion.sum())
-        record = {
-            "epoch": epoch,
-            "steps": len(losses),
-            "train_loss": losses.mean().item(),
-            "eval_loss": eval_loss,
-            "accuracy": 100 * correct / total,
-            "correct": correct,
-            "total": total,
-            "seconds": self.seconds,
-            "sentences_per_second": self.sentences_a_second,
-        }
-        self.state.epochs.append(record)
-        self.bar.clear()
-        print(
-            f"epoch {epoch}: training loss {record['train_loss']:.4f}, validation loss {eval_loss:.4f}, "
-            f"accuracy {record['accuracy']:.2f} % ({correct}/{total}), {self.seconds:.1f} s",
-            flush=True,
-        )
-        self.start, self.first = self.now(), done
-
-
-def on_terminal() -> bool:
-    """Whether a progress bar can be redrawn in place: a notebook would keep every line of it."""
-    notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
-    return sys.stderr.isatty() and not notebook
-
-
-def count_parameters(named: dict[str, Tensor], head: list[str]) -> dict[str, int]:
-    """How many parameters belong to LoRA, the head and the frozen base, and how many are trained."""
-    counts = {"lora": 0, "head": 0, "frozen base": 0, "trained": 0}
+def describe(args: argparse.Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
+    """Print what is trained, on which base and machine; returns the beginning of the run's record."""
+    counts = dict.fromkeys(("lora", "head", "frozen base", "trained"), 0)
     for name, parameter in named.items():
         part = "lora" if "lora_" in name else "head" if name in head else "frozen base"
         counts[part] += parameter.numel()
         counts["trained"] += parameter.numel() if parameter.requires_grad else 0
-    return counts
-
-
-def describe(
-    args: argparse.Namespace, counts: dict[str, int], wrapped: list[str], dtype: torch.dtype
-) -> None:
-    """Print the table of the start: what is trained, on which base, on which machine."""
-    leaves = ", ".join(sorted({last_name(path) for path in wrapped}))
-    notes = {
-        "lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({leaves})",
-        "head": "frozen at its random start" if args.freeze_head else "trained",
-        "frozen base": visible(args.model),
-    }
-    total = sum(counts[part] for part in notes)
-    for part, note in notes.items():
-        print(f"{part:12}{counts[part]:>12,} {100 * counts[part] / total:6.2f} %  {note}")
-    print_machine(args, dtype)
-
-
-def print_machine(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    hardware, versions = environment(args)
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(f"{'machine':12}{hardware}, {str(dtype).removeprefix('torch.')}; {named}", flush=True)
-
-
-LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
-
-
-def calibrate(model: nn.Module, sentences: Tokens, args: argparse.Namespace) -> float:
-    """Make the model as sure as it is right: divide its logits by one temperature (arXiv:1706.04599).
-
-    The temperature is fitted on the validation sentences and goes into weight and bias of the head's
-    last layer, so every format has it. No answer changes. Returns 1, which changes nothing, for a frozen
-    head and for fewer than LEAST_HELD_OUT sentences.
-    """
-    if args.freeze_head:
-        return 1.0
-    if len(sentences) < LEAST_HELD_OUT:
-        what = f"from {len(sentences)} validation sentences, so the percentages may be far too sure"
-        print(f"{'temperature':12}none {what}; {LEAST_HELD_OUT} are needed")
-        return 1.0
-    logits = predict(model, sentences, args.eval_batch_size)
-    temperature = fit_temperature(logits, sentences.labels)
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.out_features == logits.shape[1]
-        and "original_module" not in name  # PEFT's spare copy
-    ]
-    with torch.no_grad():
-        for parameter in layers[-1].parameters():
-            parameter /= temperature
-    if temperature > 1:
-        what = f"{temperature:.2f} divides the logits: fitted on the {len(sentences):,} validation sentences"
-        print(f"{'temperature':12}{what}")
-    return temperature
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Of 1 to 10 the temperature under which the labels are likeliest; a few that are all right want 0."""
-    tried = torch.logspace(0, 1, 101).tolist()
-    return min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
-
-
-def environment(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """The hardware in words, and the versions that a result depends on."""
-    import platform
-    from importlib.metadata import version
-
+    layers = ", ".join(sorted({last_name(path) for path in wrapped}))
+    for part, what in (
+        ("lora", f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"),
+        ("head", "frozen at its random start" if args.freeze_head else "trained"),
+        ("frozen base", visible(args.model)),
+    ):
+        share = 100 * counts[part] / (sum(counts.values()) - counts["trained"])
+        print(f"{part:12}{counts[part]:>12,} {share:6.2f} %  {what}")
     capability = torch.backends.cpu.get_cpu_capability()
     hardware = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
     if choose_device(args.device).type == "cuda":
         hardware = torch.cuda.get_device_name()
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "datasets"):
-        versions[package] = version(package)
-    return hardware, versions
+    versions |= {package: metadata.version(package) for package in ("torch", "transformers", "datasets")}
+    precision = str(dtype).removeprefix("torch.")
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"{'machine':12}{hardware}, {precision}; {shown}", flush=True)
+    settings = json.loads(json.dumps(vars(args), default=str))
+    record = {"settings": settings, "versions": versions, "hardware": hardware, "precision": precision}
+    return record | {"parameters": counts, "epochs": []}
 
 
-def make_record(
-    args: argparse.Namespace, counts: dict[str, int], dtype: torch.dtype, state: TrainingState
-) -> dict:
-    """The run's record in plain Python values: settings, machine, and how the training went."""
-    hardware, versions = environment(args)
-    losses, every = state.losses.tolist(), args.log_every
-    blocks = [losses[i : i + every] for i in range(0, len(losses), every)]
-    return {
-        "settings": json.loads(json.dumps(vars(args), default=str)),
-        "versions": versions,
-        "hardware": hardware,
-        "precision": str(dtype).removeprefix("torch."),
-        "parameters": counts,
-        "epochs": state.epochs,
-        "loss_curve": {"every": every, "loss": [round(sum(b) / len(b), 5) for b in blocks]},
-    }
+LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
 
 
-def write_record(
-    args: argparse.Namespace, record: dict, confusion: Tensor, label_names: list[str], size: int
-) -> None:
-    """Write the run's record beside its result, and print what came out."""
-    correct, total = int(confusion.trace()), int(confusion.sum())
-    result = {
-        "accuracy": 100 * correct / total,
-        "correct": correct,
-        "total": total,
-        "bytes": size,
-        "label_names": label_names,
-        "confusion": confusion.tolist(),
-    }
-    text = json.dumps(record | {"result": result}, indent=1) + "\n"
-    path = replace_ending(args.output, ".json")
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {correct}/{total} right")
-    print(label_report(confusion, label_names))
-    warn_if_nothing_is_learnt(confusion)
-    print(in_words(confusion, label_names))
+def calibrate(model: nn.Module, sentences: Tokens) -> float:
+    """Make the model as sure as it is right: divide its logits by one temperature (arXiv:1706.04599).
 
-
-def warn_if_nothing_is_learnt(confusion: Tensor) -> None:
-    one_answer = int((confusion.sum(dim=0) > 0).sum()) == 1
-    if one_answer or int(confusion.trace()) <= int(confusion.sum(dim=1).max()):
-        what = "it answers one label every time" if one_answer else "it is no better than the commonest label"
-        print(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
+    Of 1 to 10 it is the one under which the labels are likeliest; it goes into the head's last layer, so
+    every format has it, and no answer changes. A frozen head, and one with fewer than LEAST_HELD_OUT
+    sentences to fit it on, keeps 1.
+    """
+    modules = [module for name, module in model.named_modules() if "original_module" not in name]  # PEFT's
+    outputs = model.config.num_labels
+    layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
+    temperature, what = 1.0, "the head is frozen"
+    if len(sentences) < LEAST_HELD_OUT:
+        what = f"{LEAST_HELD_OUT} validation sentences are needed; percentages may be far too sure"
+    elif layer.weight.requires_grad:
+        logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
+        temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
+        what = f"it divides the logits, fitted on the {len(sentences):,} validation sentences"
+    for parameter in layer.parameters():
+        parameter.data /= temperature
+    print(f"{'temperature':12}{temperature:.2f}: {what}")
+    return temperature
 
 
 def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
@@ -1590,66 +1099,73 @@ def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
     return torch.bincount(given * labels + answers, minlength=labels * labels).view(labels, labels)
 
 
-def macro_f1(confusion: Tensor) -> float:
-    """The mean F1 in percent over all labels that were given or answered, as in scikit-learn."""
-    both = confusion.sum(dim=0) + confusion.sum(dim=1)
-    return (200 * confusion.diagonal().double() / both).nanmean().item()
+def score(confusion: Tensor) -> dict:
+    """What was right, in percent: accuracy, where it truly is with 95 % confidence, and macro-F1.
 
-
-def in_words(confusion: Tensor, label_names: list[str]) -> str:
-    """Accuracy and macro-F1, how sure the first is, and what the commonest label alone would get."""
-    right, total = int(confusion.trace()), int(confusion.sum())
-    low, high = wilson_interval(right, total)
-    most, commonest = (int(x) for x in confusion.sum(dim=1).max(dim=0))
-    always = f"always {visible(label_names[commonest], 40)!r}: {100 * most / total:.2f} %"
-    interval = f"95 % between {100 * low:.0f} and {100 * high:.0f}"
-    accuracy = f"accuracy {100 * right / total:.2f} % ({right}/{total}), {interval}"
-    return f"macro-F1 {macro_f1(confusion):.1f} %; {always}\n{accuracy}"
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Where the true share lies with 95 % confidence (Wilson, 1927), also near 0 and 1."""
+    interval  Wilson's (1927), which holds near 0 and 100, too
+    macro_f1  the mean F1 over all labels that were given or answered, as in scikit-learn
+    """
+    correct, total = int(confusion.trace()), int(confusion.sum())
     z = 1.959964  # of the normal distribution
-    middle = (right + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * math.sqrt(right * (total - right) / total + z * z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    middle = (correct + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
+    both = confusion.sum(dim=0) + confusion.sum(dim=1)
+    return {
+        "accuracy": 100 * correct / total,
+        "correct": correct,
+        "total": total,
+        "interval": [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)],
+        "macro_f1": (200 * confusion.diagonal().double() / both).nanmean().item(),
+    }
 
 
-def label_report(confusion: Tensor, label_names: list[str]) -> str:
-    """Precision, recall and F1 of each label in percent, - where undefined; the matrix of up to 10 labels."""
+def report_labels(confusion: Tensor, label_names: list[str]) -> str:
+    """A table of the labels, and a summary: accuracy and its interval, macro-F1, the commonest label's share.
+
+    Precision, recall and F1 in percent, - where undefined; how often each of up to 10 labels was answered.
+    """
     import pandas
 
     names = [visible(" ".join(name.split()), 20) for name in label_names]
     right, given, real = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    columns = {
-        "label": names,
-        "precision": 100 * right / given,
-        "recall": 100 * right / real,
-        "F1": 200 * right / (given + real),
-        "sentences": real,
-    }
+    columns = {"label": names, "precision": 100 * right / given, "recall": 100 * right / real}
+    columns |= {"F1": 200 * right / (given + real), "sentences": real}
     header = list(columns)
     if len(names) <= 10:
-        columns |= {"answered as:": [""] * len(names), **{i: confusion[:, i] for i in range(len(names))}}
+        columns |= {"answered as:": "", **{i: confusion[:, i] for i in range(len(names))}}
         header += ["answered as:", *names]
     table = pandas.DataFrame(columns)
-    return table.to_string(header=header, index=False, float_format="%.1f", na_rep="-")
+    result = score(confusion)
+    always = f"always {names[int(real.argmax())]!r}: {100 * int(real.max()) / result['total']:.2f} %"
+    right = f"accuracy {result['accuracy']:.2f} % ({result['correct']}/{result['total']})"
+    interval = "95 % between {:.0f} and {:.0f}".format(*result["interval"])
+    table = table.to_string(header=header, index=False, float_format="%.1f", na_rep="-")
+    return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{right}, {interval}"
 
 
-def tell_how_to_ask(output: Path, texts: list[str]) -> None:
-    """Print the command that asks the result about the shortest sentence."""
-    from shlex import join
+def finish(
+    args: argparse.Namespace, record: dict, confusion: Tensor, label_names: list[str], texts
+) -> None:
+    """Write the run's record beside its result, print what came out, and how to ask it."""
+    files = [args.output] if args.output.is_file() else list(args.output.glob("adapter_*"))
+    size = sum(file.stat().st_size for file in files)
+    result = score(confusion) | {"bytes": size, "label_names": label_names, "confusion": confusion.tolist()}
+    text = json.dumps(record | {"result": result}, indent=1) + "\n"
+    write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    right = f"{result['correct']}/{result['total']} right"
+    print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {right}")
+    if result["correct"] <= confusion.sum(dim=1).max():
+        what = "always answering the commonest label is as good"
+        print(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
+    print(report_labels(confusion, label_names))
+    playground = os.path.join(os.path.dirname(sys.argv[0]), "playground.py")
+    plain = [text for text in texts if text.isprintable() and not text.startswith("-")]
+    question = visible(min(plain, key=len, default="A sentence."), 100)
+    print("ask it:", shlex.join([sys.orig_argv[0], playground, "--model", str(args.output), question]))
 
-    order = {text: (not text.isprintable(), text.startswith("-"), len(text)) for text in texts}
-    text = visible(" ".join(min(texts, key=order.get).split()), 100)
-    script = os.path.join(os.path.dirname(sys.argv[0]), "playground.py")
-    path = os.path.join(".", output) if str(output).startswith("-") else str(output)
-    command = [sys.orig_argv[0], script, "--model", path, *(["--"] if text.startswith("-") else []), text]
-    print(f"ask it: {join(command)}")
 
-
-def replace_ending(output: Path, ending: str) -> Path:
-    """What stands beside an output, a .pt file or a folder: run.json of run.pt, lr0.1.json of lr0.1."""
+def beside(output: Path, ending: str) -> Path:
+    """A file that belongs to an output, a .pt file or a folder: run.json of run.pt, lr0.1.json of lr0.1."""
     return output.with_name(output.name.removesuffix(".pt") + ending)
 
 
@@ -1657,232 +1173,174 @@ def replace_ending(output: Path, ending: str) -> Path:
 
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # name, configuration, revision
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
-LOCAL_MODEL, LOCAL_DATA = "model/distilbert-base-uncased", "dataset/glue_sst2_local"  # taken where they exist
+LOCAL = {"model": "model/distilbert-base-uncased", "dataset": "dataset/glue_sst2_local"}  # where they exist
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
-RECIPES = {  # what becomes of the flags that are not given; measured in tests/results/README.md
+RECIPES = {  # what becomes of the flags that are not given; measured in tests/figures/results/README.md
     "published": {"lr": 2e-4, "batch_size": 16, "epochs": 3, "warmup": 0.06},  # query and value
     "own": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 16, "epochs": 3, "warmup": 0.06},
     "best": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 32, "epochs": 2, "warmup": 0.06},
 }
 LEAST_STEPS = 400  # but for "published": fewer rows are seen more often
 MANY_LABELS = 20  # but for "published": from there on the head has more to learn, and the rate is doubled
+RANGES = {
+    "r": (1, 65_536),
+    "alpha": (0, 1e6),
+    "dropout": (0, 0.99),
+    "max_length": (3, 10**6),
+}  # files', too
+RANGES |= dict.fromkeys(["epochs", "max_steps", "train_samples", "log_every", "save_every"], (1, 10**8))
+RANGES |= {"batch_size": (1, 10**6), "threads": (1, 1024), "seed": (0, 2**32 - 1), "warmup": (0, 1)}
+RANGES |= {"lr": (0, 1e3), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
 WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
 
 
-MOST_STEPS = 10**8
-
-
-def between(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose messages fit a terminal, whatever was typed."""
+    """An ArgumentParser whose mistakes are one line, whatever was typed."""
 
     def error(self, message: str) -> None:
-        super().error(visible(message, 400))
+        raise InputError(f"{message}; see --help")
 
 
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """The flags of both training scripts."""
-    parser = Parser(
-        description=description,
-        usage="%(prog)s [options], see --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    count, share = between(int, 1, MOST_STEPS), between(float, 0, 1)
+    """The flags of both training scripts; `output` is where results go, {} the name of the data."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, usage="%(prog)s [options]", formatter_class=layout)
+    parser.output = output
     add = parser.add_argument_group("model and data").add_argument
-    demo = ", ".join(f"{key} {value}" for key, value in DEMO.items())
-    add("--demo", action="store_true", help=f"without the Hub: {demo}")
-    default = f"(default: {LOCAL_MODEL} if there, else {DISTILBERT[0]})"
-    add("--model", help=f"base model: folder or Hub name {default}")
-    add("--revision", help="the Hub's revision of the base model (default: pinned for the default model)")
-    default = f"(default: {LOCAL_DATA} if there, else {GLUE[0]})"
-    add("--dataset", help=f"file, folder or Hub name {default}")
-    add("--dataset-config", help=f"configuration of a Hub data set (default for {GLUE[0]}: {GLUE[1]})")
+    add("--demo", action="store_true", help=f"without the Hub: {DEMO['model']} on {DEMO['dataset']}")
     add(
-        "--text-column",
-        help="column with the text (default: sentence, text, review, ... or the one of long texts)",
+        "--model",
+        help=f"base model, a folder or of the Hub ({LOCAL['model']} if there, else {DISTILBERT[0]})",
     )
-    add("--label-column", help="column with the label (default: label, class, ... or the one of few values)")
+    add("--revision", metavar="NAME", help="the Hub's revision of the base model (pinned for the default)")
+    add("--dataset", help=f"file, folder or of the Hub ({LOCAL['dataset']} if there, else {GLUE[0]})")
+    add(
+        "--dataset-config", metavar="NAME", help=f"configuration of a Hub data set ({GLUE[1]} of {GLUE[0]})"
+    )
+    add("--text-column", metavar="NAME", help="(sentence, text, ... or the one of long texts)")
+    add("--label-column", metavar="NAME", help="(label, class, ... or the one of few values)")
     add("--label-names", nargs="+", metavar="NAME", help="names for integer labels, in their order")
-    add("--train-samples", type=count, metavar="N", help="train on N random sentences (default: all)")
-    add(
-        "--max-length",
-        type=between(int, 3, 10**6),
-        default=128,
-        help="tokens; longer text is cut (%(default)s)",
-    )
+    add("--train-samples", type=int, metavar="N", help="train on N random rows (all)")
+    add("--max-length", type=int, default=128, metavar="N", help="tokens; longer text is cut (128)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--r", type=between(int, *RANGES["r"]), default=8, help="rank of the update (default: %(default)s)")
-    add(
-        "--alpha",
-        type=between(float, *RANGES["alpha"]),
-        default=16.0,
-        help="scaling = alpha / r (default: %(default)g)",
-    )
-    dropout = between(float, *RANGES["dropout"])
-    add("--dropout", type=dropout, default=0.1, help="on the LoRA branch (default: %(default)s)")
-    add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (default: recipe)")
+    add("--r", type=int, default=8, metavar="N", help="rank of the update (8)")
+    add("--alpha", type=float, default=16.0, metavar="X", help="scaling = alpha / r (16)")
+    add("--dropout", type=float, default=0.1, metavar="X", help="on the LoRA branch (0.1)")
+    add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (by recipe)")
     add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
-    add("--freeze-head", action="store_true", help="leave the head at its random start: the published recipe")
+    add("--freeze-head", action="store_true", help="leave the head as random as it starts")
     add = parser.add_argument_group("training").add_argument
-    recipes = ["auto", *RECIPES]
+    what = "published for SST-2, own for other data (auto); best for tens of thousands of rows"
+    add("--recipe", choices=["auto", *RECIPES], default="auto", help=what)
     add(
-        "--recipe",
-        choices=recipes,
-        default="auto",
-        help="auto: published for SST-2, own for other data; best: tens of thousands of rows",
+        "--epochs", type=int, metavar="N", help="times through the data (3; best 2; own 1 from 20,000 rows)"
     )
-    add("--balance", action="store_true", help="weigh the loss by label, rare ones more (default: off)")
-    add("--epochs", type=count, help="times through the data (default: the recipe's)")
-    add("--max-steps", type=count, metavar="N", help="stop after N steps instead (default: off)")
-    add("--batch-size", type=count, help="sentences a step (default: the recipe's)")
-    add("--eval-batch-size", type=count, default=32, help="sentences, evaluation (default: %(default)s)")
-    add("--lr", type=between(float, 0, 1e3), help="peak rate of AdamW (default: the recipe's)")
-    add("--warmup", type=share, help="share of the steps, then decay (default: the recipe's, 0.06)")
-    add("--weight-decay", type=between(float, 0, 1e3), default=0.01, help="of AdamW (default: %(default)s)")
-    add(
-        "--max-grad-norm",
-        type=between(float, 0, 1e9),
-        default=1.0,
-        help="clipping, 0: none (default: %(default)s)",
-    )
-    add(
-        "--seed", type=between(int, 0, 2**32 - 1), default=42, help="of all randomness (default: %(default)s)"
-    )
+    add("--max-steps", type=int, metavar="N", help="stop after N steps instead (own, best: at least 400)")
+    add("--batch-size", type=int, metavar="N", help="sentences a step (16; best 32)")
+    add("--lr", type=float, metavar="X", help="peak rate (published 2e-4, else 1e-3; 2e-3 from 20 labels)")
+    add("--warmup", type=float, metavar="X", help="share of the steps, then decay (0.06)")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01)")
+    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="clipping; 0 means none (1)")
+    add("--seed", type=int, default=42, metavar="N", help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
-    precisions = ["auto", "fp32", "bf16", "fp16"]
-    add(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="auto: 16 bits where the machine computes in them",
-    )
-    add("--threads", type=between(int, 1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--log-every", type=count, default=20, metavar="N", help="steps a report, 10 N off a terminal (20)")
-    add("--save-every", type=count, default=500, metavar="N", help="steps a training state (%(default)s)")
-    add("--resume", action="store_true", help="go on from the training state beside --output")
-    help = "where the result goes (default: %(default)s, for other data by its name)"
-    add("--output", type=Path, default=Path(output), help=help)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA where there is one (auto)")
+    what = "16 bits where the machine computes in them (auto)"
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=what)
+    add("--threads", type=int, metavar="N", help="of the CPU (PyTorch's choice)")
+    add("--log-every", type=int, default=20, metavar="N", help="steps a report, 10 N in a log (20)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps a state for --resume (500)")
+    add("--resume", action="store_true", help="continue from the state beside --output")
+    add("--output", type=Path, metavar="PATH", help=f"where the result goes ({output.format('DATA')})")
     return parser
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags, with the defaults that depend on --demo and on what lies in this folder."""
+    """The flags, with the defaults that depend on --demo and on what this folder holds."""
     args = parser.parse_args(argv)
-    if args.demo:
-        output = parser.get_default("output")
-        demo_output = output.with_name(output.name.replace("distilbert_sst2", "demo"))
-        parser.set_defaults(**DEMO, output=demo_output)
-        args = parser.parse_args(argv)
-        if args.model == DEMO["model"] and not Path(args.model).is_dir():
-            raise InputError(f"--demo: no base model in {args.model} yet; ./setup.sh --demo makes it")
-    if args.model is None:
-        args.model = LOCAL_MODEL if Path(LOCAL_MODEL).is_dir() else DISTILBERT[0]
+    for key, (low, high) in RANGES.items():
+        value = getattr(args, key)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+    for key, name in (("model", DISTILBERT[0]), ("dataset", GLUE[0])):
+        default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else name
+        setattr(args, key, getattr(args, key) or default)
+    if args.demo and args.model == DEMO["model"] and not Path(args.model).is_dir():
+        raise InputError(f"--demo: no base model in {args.model} yet; ./setup.sh --demo makes it")
     if args.model == DISTILBERT[0]:
         args.revision = args.revision or DISTILBERT[1]
-    if args.dataset is None:
-        args.dataset = LOCAL_DATA if Path(LOCAL_DATA).is_dir() else GLUE[0]
     if args.dataset == GLUE[0]:
         args.dataset_config = args.dataset_config or GLUE[1]
-    is_own = args.dataset not in (GLUE[0], LOCAL_DATA, DEMO["dataset"])
-    if is_own and args.output == parser.get_default("output"):
-        stem = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"  # SST-2's model stays what it is
-        args.output = args.output.with_name(re.sub("distilbert_sst2|demo", stem, args.output.name))
+    if args.output is None:
+        name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
+        name = "distilbert_sst2" if args.dataset in (GLUE[0], LOCAL["dataset"]) else name
+        args.output = Path(parser.output.format(name))
     return args
 
 
-def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> None:
-    """Fill in the flags that were not given, by --recipe and the size of the data, and print them."""
-    if args.recipe == "auto":
-        is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL_DATA).resolve()
-        args.recipe = "published" if is_sst2 else "own"
-    recipe = dict(RECIPES[args.recipe])
-    if args.recipe != "published" and labels >= MANY_LABELS:
+def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> argparse.Namespace:
+    """The flags, with those that were not given by --recipe and the size of the data; prints them."""
+    is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
+    name = args.recipe if args.recipe != "auto" else "published" if is_sst2 else "own"
+    recipe = RECIPES[name] | {"recipe": name}
+    given = {key: value for key, value in vars(args).items() if value is not None and key != "recipe"}
+    if name != "published" and labels >= MANY_LABELS:
         recipe["lr"] *= 2
-    if args.recipe == "own" and rows >= 20_000:
+    if name == "own" and rows >= 20_000:
         recipe["epochs"] = 1
-    steps = recipe["epochs"] * math.ceil(rows / (args.batch_size or recipe["batch_size"]))
-    if args.recipe != "published" and args.epochs is None and steps < LEAST_STEPS:
-        recipe["max_steps"] = LEAST_STEPS
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    targets = " ".join(args.targets or ["query and value"]).replace("all-linear", "all linear")
-    length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
+    chosen = argparse.Namespace(**vars(args) | recipe | given)
+    steps = chosen.epochs * math.ceil(rows / chosen.batch_size)
+    if name != "published" and args.epochs is None and args.max_steps is None and steps < LEAST_STEPS:
+        chosen.max_steps = LEAST_STEPS
+    targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
+    length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
+    batch = f", batches of {chosen.batch_size}" if chosen.batch_size != 16 else ""
     size = f"{rows:,} rows, {labels:,} labels"
-    batch = f", batches of {args.batch_size}" if args.batch_size != 16 else ""
-    print(f"{'recipe':12}{args.recipe}, {size}: {targets} layers, {args.lr:g}, {length}{batch}")
+    print(f"{'recipe':12}{name}, {size}: {targets} layers, {chosen.lr:g}, {length}{batch}")
+    return chosen
 
 
-def check_output(args: argparse.Namespace, is_file: bool) -> None:
-    """Refuse, before the training, what cannot be written or would replace what this project did not write.
+def check_output(output: Path, is_file: bool) -> None:
+    """Refuse, before the training, what cannot be written, or would replace what this project did not write.
 
     Raises InputError that names the file: the result, its folder, its record or its training state.
     """
-    output = args.output
-    shown = visible(output)
+    shown, folder = visible(output), beside(output, "") if is_file else output
     if is_file and output.suffix != ".pt":
         raise InputError(f"--output {shown}: give a file name that ends in .pt")
-    if (
-        output.name.removesuffix(".pt") in ("", ".", "..")
-        or "\\" in output.name
-        or not str(output).isprintable()
-    ):
+    if folder.name in ("", ".", "..") or "\\" in output.name or not str(output).isprintable():
         raise InputError(f"--output {shown}: give the name of a new {'file' if is_file else 'folder'}")
-    files = [replace_ending(output, ".json"), output.with_name(f"{output.name}.state")]
-    folder = replace_ending(output, "") if is_file else output
-    try:
+    result = output if is_file else output / "lora_peft.json"
+    files = [beside(output, ".json"), output.with_name(f"{output.name}.state"), result]
+    with refusing(f"--output {shown}: cannot write there", "name another place"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        for path in [output, *files] if is_file else files:
-            if path.is_dir() or (path.is_symlink() and not path.exists()):
-                raise InputError(f"--output: {path} stands in the way; move it away or name another place")
-            if path.exists() and not is_ours(path):
-                raise InputError(f"--output: {path} was not written here; move it away or name another place")
-            probe_place(path.resolve().parent, path.name)
-        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        for path in files:
+            if (path.exists() or path.is_symlink()) and not is_ours(path):
+                raise InputError(
+                    f"--output: {path} exists and is no result of this project; name another place"
+                )
+        if folder.exists() and not (folder.is_dir() and (result.exists() or not any(folder.iterdir()))):
             raise InputError(
-                f"--output: a file stands at {folder}, where a folder must be; name another place"
+                f"--output: {folder} exists and is no result of this project; name another place"
             )
-        if folder.is_dir():
-            if any(folder.iterdir()) and not is_ours(output):
-                raise InputError(f"--output: {folder} has files of others in it; name another place")
-            probe_place(folder, "")
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or reason(error)
-        raise InputError(f"--output {shown}: cannot write there ({why}); name another place") from error
-
-
-def probe_place(folder: Path, name: str) -> None:
-    """Raise OSError where there is no right to write, or no room for a name of this length."""
-    probe = folder / f".{name}.{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
+        for path in [*files[: 2 + is_file], *([folder / "tokenizer.json"] if folder.is_dir() else [])]:
+            probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
+            probe.touch()
+            probe.unlink()
 
 
 def is_ours(path: Path) -> bool:
-    """Whether this project wrote a checkpoint, a training state, a record or an adapter folder."""
+    """Whether this file's content says that this project wrote it."""
     try:
-        if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return {"settings", "loss_curve"} <= found.keys()
-        if path.is_dir():
-            return (path / "lora_peft.json").is_file()
-        found = read_tensors(path)
-        return "format" in found and bool({"trained", "state_dict"} & found.keys())
-    except (InputError, OSError, ValueError, AttributeError, TypeError, RecursionError):
+        with refusing(f"{path}: not readable", "name another"):
+            found = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else read_tensors(path)
+            kinds = (
+                {"format", "state_dict"},
+                {"format", "trained"},
+                {"format", "base"},
+                {"settings", "epochs"},
+            )
+            return any(keys <= found.keys() for keys in kinds)
+    except InputError:
         return False
 
 
@@ -1892,7 +1350,10 @@ def prepare_machine(args: argparse.Namespace) -> tuple[torch.device, torch.dtype
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    join_processes(device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return device, dtype
 
@@ -1919,18 +1380,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def warmup_then_decay(warmup: float, total_steps: int) -> Callable[[int], float]:
-    """The learning rate's share of --lr at each step: up from zero, then down to zero, both linear."""
-    up = round(warmup * total_steps)
-
-    def share(step: int) -> float:
-        if step < up:
-            return step / up
-        return (total_steps - step) / max(1, total_steps - up)
-
-    return share
-
-
 # --- Mistakes ------------------------------------------------------------------------------------
 
 
@@ -1938,10 +1387,22 @@ class InputError(ValueError):
     """A mistake in what the user gave us: one line that names the value and the remedy."""
 
 
+@contextlib.contextmanager
+def refusing(what: object, remedy: str) -> Iterator[None]:
+    """Whatever a file from outside makes impossible in here becomes one line: `what` (why); the remedy."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({reason(error)}); {remedy}") from error
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, on one line; libraries often give the reason in their third."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return visible(" ".join(lines) or type(error).__name__, 400)
+    kind = "" if type(error) is ValueError or isinstance(error, OSError) else type(error).__name__
+    return visible(": ".join(filter(None, [kind, " ".join(lines)])), 400)
 
 
 def visible(value: object, width: int = 200) -> str:
@@ -1951,7 +1412,7 @@ def visible(value: object, width: int = 200) -> str:
     return shown if len(text) <= width else shown[: width - 1] + "…"
 
 
-def listed(values: list, most: int = 20) -> str:
+def listed(values: Sequence, most: int = 20) -> str:
     """Values in words, as many as a line can take."""
     shown = [visible(value, 40) for value in values[:most]]
     more = [f"… ({len(values):,} in all)"] if len(values) > most else []
@@ -1959,59 +1420,38 @@ def listed(values: list, most: int = 20) -> str:
 
 
 def note(text: str) -> None:
-    """Tell on standard error what a user would want to know, and go on."""
+    """Say on standard error what a user would want to know, and go on."""
     print(f"note: {visible(text, 500)}", file=sys.stderr)
 
 
-class Steady:
-    """Standard output that may go away, as with a closed terminal or `| head`, without ending a training."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self.attempt(self.stream.write, text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call: Callable, *arguments):
-        try:
-            return call(*arguments)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what follows nobody reads
-            return 0
-
-
-def run(main: Callable[[], int | None], keep_going: bool = True) -> None:
+def run(main: Callable[[], int | None]) -> None:
     """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - where it is closed, as with >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # for a terminal or a pipe that does not know every character
-    output = Steady(sys.stdout) if keep_going else sys.stdout
-    quiet = dist.is_torchelastic_launched() and os.environ.get("RANK", "0") != "0"  # the first process speaks
+    with contextlib.suppress(AttributeError):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")
+    quiet = (
+        dist.is_torchelastic_launched() and os.environ.get("RANK", "0") != "0"
+    )  # the first process speaks
     try:
-        with contextlib.redirect_stdout(None if quiet else output):
+        with contextlib.redirect_stdout(None if quiet else sys.stdout):
             code = main()
-            sys.stdout.flush() if sys.stdout else None
-            sys.exit(code)
+            if sys.stdout:
+                sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:  # before or after the training: nothing is to be saved
         sys.exit(130)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # a reader that has enough, as in `| head`; Python flushes once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except InputError as error:
         mistake = error
-    except torch.OutOfMemoryError:
-        mistake = "the GPU's memory is full; lower --batch-size, --eval-batch-size or --max-length"
-    except MemoryError:
-        mistake = "the memory is full; use less data or a lower --batch-size"
+    except (MemoryError, torch.OutOfMemoryError):
+        mistake = "the memory is full; lower --batch-size or --max-length, or use less data"
     except OSError as error:  # a folder without rights, a full disk, a current folder that is gone
-        mistake = f"{error.filename or 'this machine'}: {error.strerror or reason(error)}; name another place"
+        mistake = (
+            f"{error.filename or 'this machine'}: {error.strerror or reason(error)}; name another place"
+        )
     print("error:", visible(mistake, 2000), file=sys.stderr)
     sys.exit(2)
 
@@ -2019,11 +1459,25 @@ def run(main: Callable[[], int | None], keep_going: bool = True) -> None:
 # --- Faster --------------------------------------------------------------------------------------
 
 
-def cast_base(base: Base, dtype: torch.dtype) -> None:
-    """Hold the frozen base in the compute type: autocast would cast it anew at every step."""
+def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Make a base model quick, with or without LoRA in it; the answers stay the same but for rounding.
+
+    The frozen weights are held in the type that is computed in: autocast would cast them at every step.
+    The last layer computes [CLS] alone, dropout masks are cheap, and oneDNN multiplies on AMD. Returns
+    the model.
+    """
     for name, parameter in base.model.named_parameters():
-        if name not in base.head and "lora_" not in name:
+        if name not in base.head and not any(part in name for part in ("lora_", "modules_to_save")):
             parameter.data = parameter.data.to(dtype)
+    compute_cls_only(base.model)
+    able = torch.cpu.get_capabilities()
+    is_amd = "AMD" in str(able.get("cpu_name")) and able.get("avx512_f")
+    for module in base.model.modules():  # the same layers, tensors and all, of another class
+        if type(module) is nn.Dropout and not module.inplace:
+            module.__class__ = CheapDropout
+        if type(module) is nn.Linear and is_amd and torch.backends.mkldnn.is_available():
+            module.__class__ = OneDNNLinear
+    return base.model
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -2050,14 +1504,11 @@ def compute_cls_only(model: nn.Module) -> None:
             attention = model.base_model.encoder.layer[-1].attention
             attention.register_forward_hook(lambda _, inputs, output: (output[0][:, :1], *output[1:]))
         return
-    layers = [module for module in model.modules() if type(module).__name__ == "TransformerBlock"]
-    if (
-        not layers
-        or config.model_type != "distilbert"
-        or config._attn_implementation not in ("sdpa", "eager")
-    ):
+    blocks = [module for module in model.modules() if type(module).__name__ == "TransformerBlock"]
+    is_plain = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    if config.model_type != "distilbert" or not blocks or not is_plain:
         return
-    block, attention = layers[-1], layers[-1].attention
+    block, attention = blocks[-1], blocks[-1].attention
 
     def by_head(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head size)
@@ -2092,13 +1543,6 @@ class CheapDropout(nn.Dropout):
         return x * kept.div_(1 - self.p)
 
 
-def cheapen_dropout(model: nn.Module) -> None:
-    """Let every dropout layer of the model draw its masks cheaply, LoRA's and the base's."""
-    for module in model.modules():
-        if type(module) is nn.Dropout and not module.inplace:
-            module.__class__ = CheapDropout
-
-
 class FrozenProduct(torch.autograd.Function):
     """x (rows, in) → x Wᵀ + b (rows, out) in float32 by oneDNN; W (out, in) and b get no gradient."""
 
@@ -2110,36 +1554,26 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        product = torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(
+            gradient.contiguous(), weight.t(), None, "none", [], ""
+        )
         return product, None, None  # (rows, in)
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that lets oneDNN multiply wherever its weight is not trained, in float32 on the CPU."""
+    """A linear layer that lets oneDNN multiply wherever its weight is not trained, in float32 on the CPU.
+
+    PyTorch gives float32 products to MKL, which leaves AVX512 unused on AMD's processors: with oneDNN 1.6
+    times as many sentences a second. Products in bfloat16 go there by themselves.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        trained = self.weight.requires_grad and torch.is_grad_enabled()
-        plain = (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == self.weight.device.type == "cpu"
-        )
-        if trained or not plain or torch.is_autocast_enabled("cpu"):
+        is_trained = self.weight.requires_grad and torch.is_grad_enabled()
+        types = {x.dtype, self.weight.dtype, x.device.type, self.weight.device.type}
+        if is_trained or types != {torch.float32, "cpu"} or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = FrozenProduct.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
         return rows.view(*x.shape[:-1], self.out_features)  # made out here, so it may be changed in place
-
-
-def multiply_by_onednn(model: nn.Module) -> None:
-    """Let the linear layers use AVX512 on AMD's processors: 1.6 times as many sentences a second.
-
-    PyTorch gives float32 products to MKL, which leaves AVX512 unused there; oneDNN takes it. The results
-    differ by rounding. Elsewhere nothing changes, and products in bfloat16 go to oneDNN by themselves.
-    """
-    able = torch.cpu.get_capabilities()
-    if "AMD" in str(able.get("cpu_name")) and able.get("avx512_f") and torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear  # the same layer, tensors and all
 
 
 if __name__ == "__main__":
