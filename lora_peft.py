@@ -14,10 +14,10 @@ The result is an adapter folder that PEFT loads without this project: see the RE
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import warnings
+from argparse import Namespace
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -39,7 +39,6 @@ from lora_scratch import (
     find_trained_base,
     finish,
     last_name,
-    leave_group,
     load_base,
     load_checkpoint,
     load_tables,
@@ -155,14 +154,14 @@ def main(argv: list[str] | None = None) -> int | None:
 
     state = TrainingState(args, model, facts, record, (train_set, eval_set))
     train(model, train_set, eval_set, args, state)
-    if not leave_group() or state.stopped:
-        return state.leave()
+    if not state.leave_group():
+        return state.exit_code
 
     record["temperature"] = calibrate(model, eval_set)
     save_adapter(args.output, adapter, base, facts | {"record": record})
     reloaded, _ = load_adapter(args.output)
     _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
-    finish(args, record, confusion, label_names, eval_rows["text"])
+    finish(args, record, confusion, label_names)
 
 
 # === Files ======================================================================================
@@ -221,7 +220,7 @@ def plain(config: peft.PeftConfig) -> dict:
 # === Conversion =================================================================================
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: Namespace) -> None:
     """Write a checkpoint as an adapter folder, or a folder as a checkpoint, and compare their answers."""
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")

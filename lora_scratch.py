@@ -18,33 +18,26 @@ Down to the line PLUMBING this is the whole idea, from the inside out; what a to
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import functools
-import io
 import json
 import math
-import numbers
 import os
-import platform
 import re
-import shlex
-import shutil
 import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon: other programs may be running
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy
@@ -56,7 +49,7 @@ from torch import distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # else imported by those alone who read a table: half a second
     from pandas import DataFrame
 
 # === The method =================================================================================
@@ -121,9 +114,7 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"{unknown[0]!r} is no linear layer outside the head" if unknown else "no default targets"
-        raise InputError(
-            f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}"
-        )
+        raise InputError(f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}")
     return [path for path in linear if last_name(path) in targets]
 
 
@@ -134,9 +125,8 @@ def inject_lora(
     wrapped = find_targets(model, head, targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(train_head and name in head)
-    for path in wrapped:
-        layer = LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora)  # A and B train
-        model.set_submodule(path, layer)
+    for path in wrapped:  # A and B train
+        model.set_submodule(path, LoRALinear(model.get_submodule(path), r, alpha, dropout, use_rslora))
     return wrapped
 
 
@@ -152,7 +142,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def train(
-    model: nn.Module, train_set: Tokens, eval_set: Tokens, args: argparse.Namespace, state: TrainingState
+    model: nn.Module, train_set: Tokens, eval_set: Tokens, args: Namespace, state: TrainingState
 ) -> None:
     """Train what requires a gradient on tokenised sentences, from the step where `state` stands.
 
@@ -164,9 +154,7 @@ def train(
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute_dtype(model) == torch.float16)
     first_step = state.begin(total_steps, steps_per_epoch, optimizer, scaler)  # 0, or --resume's
-    network = share_gradients(
-        model, args.seed
-    )  # one process: the model itself; several: the mean of theirs
+    network = share_gradients(model, args.seed)  # one process: the model; several: the mean of theirs
 
     with state.stop_on_signals():
         for step in range(first_step, total_steps):
@@ -262,7 +250,6 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(make_parser(__doc__, "model/lora_scratch_{}.pt"), argv)
     check_output(args.output, is_file=True)
     device, dtype = prepare_machine(args)
-
     train_rows, eval_rows, label_names = load_tables(args)
     args = choose_recipe(args, len(train_rows), len(label_names))  # rate, steps, targets follow the data
     base = load_base(args.model, args.revision, label_names, args.max_length)
@@ -277,15 +264,15 @@ def main(argv: list[str] | None = None) -> int | None:
 
     state = TrainingState(args, model, facts, record, (train_set, eval_set))
     train(model, train_set, eval_set, args, state)
-    if not leave_group() or state.stopped:  # several processes part here, and the first one saves
-        return state.leave()
+    if not state.leave_group():  # several processes part here, and the first one saves
+        return state.exit_code
 
     record["temperature"] = calibrate(model, eval_set)  # its percentages are to mean something
     tensors = tensors_to_save(model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, facts | {"record": record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
     _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
-    finish(args, record, confusion, label_names, eval_rows["text"])
+    finish(args, record, confusion, label_names)
 
 
 # === PLUMBING: what a tool needs and the idea does not ==========================================
@@ -303,10 +290,10 @@ class Base:
 
 
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
-    """The pretrained encoder in float32 with a new random head for these labels, and its tokenizer.
+    """The pretrained encoder in float32 with a new random head for these labels.
 
-    The head is what lies outside the encoder, and a pooler where there is one: it can ship untrained.
-    Raises InputError for a base that cannot be loaded, lacks weights or cannot read `max_length` tokens.
+    The head is what lies outside the encoder, and a pooler, which can ship untrained. Raises
+    InputError for a base that lacks weights or cannot read `max_length` tokens.
     """
     transformers.logging.set_verbosity_error()  # what is new is the head, and known
     transformers.logging.disable_progress_bar()
@@ -318,135 +305,117 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         file = transformers.utils.cached_file(name, "config.json", revision=revision)
         revision = None if is_local else Path(file).parent.name  # a snapshot's folder is its commit
         source = {"revision": revision, "trust_remote_code": False}
-        labels = {"id2label": dict(enumerate(label_names))}
-        labels["label2id"] = {label: i for i, label in enumerate(label_names)}
+        labels = {"label2id": {label: i for i, label in enumerate(label_names)}}
+        labels["id2label"] = dict(enumerate(label_names))
         config = transformers.AutoConfig.from_pretrained(name, **source, **labels)
-        config.problem_type = "single_label_classification"  # whatever the base was trained for
+        config.problem_type = "single_label_classification"  # whatever it was trained for
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
         tokenizer.truncation_side = "right"  # as in training, whatever its file says
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         if config.is_encoder_decoder or config.num_hidden_layers > 200 or not pads_right:
-            raise ValueError("not an encoder that pads at the right, with at most 200 layers")
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            **source,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # of a head for other labels
-            output_loading_info=True,
-        )
+            raise ValueError("not an encoder of at most 200 layers that pads at the right")
+        options = {"dtype": torch.float32, "config": config, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # of a head for other labels
+        kind = transformers.AutoModelForSequenceClassification
+        model, report = kind.from_pretrained(name, **source, **options)
         model.config.pad_token_id = tokenizer.pad_token_id
-        names = sorted(name for name, _ in model.named_parameters())
+        names = {name for name, _ in model.named_parameters()}
         encoder = f"{model.base_model_prefix}."
-        head = [name for name in names if not name.startswith(encoder) or ".pooler." in name]
+        head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)
         reshaped = {key for key, *_ in report["mismatched_keys"]}
-        wrong = reshaped.union(report["missing_keys"]).intersection(names).difference(head)
+        wrong = names.difference(head) & reshaped.union(report["missing_keys"])
         wrong |= {key for key in report["unexpected_keys"] if re.search(r"layer\.\d+\.", key)}
         if wrong:
-            raise ValueError(f"its file and config.json have other weights: {listed(sorted(wrong), 3)}")
+            raise ValueError(f"config.json and weights differ: {', '.join(sorted(wrong)[:3])}")
         identity = identify(model, tokenizer, head, max_length)
     if reshaped:
         note(f"{name} was trained for other labels: it gets a new classification head")
     return Base(model, tokenizer, head, identity, revision)
 
 
-ODD_SENTENCE = (
-    "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-)
+ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
 
 
 @torch.inference_mode()
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
-    """What decides an answer besides the head, as a checkpoint keeps it to recognise its base.
+    """By what a base is recognised: digests of weights and words, and an answer.
 
-    fingerprint  SHA-256 of all parameters but the head's, in float32
-    tokenizer    SHA-256 of the vocabulary and of the odd sentence's token numbers
-    answer       the first numbers of [CLS] for that sentence: every setting of the base shows in them
+    The answer is the first numbers of [CLS] for an odd sentence: every setting shows in them.
     """
-    weights = {name: p for name, p in sorted(model.named_parameters()) if name not in head}
     digest = sha256()
-    for name, parameter in weights.items():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().numpy())
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer([ODD_SENTENCE])["input_ids"]]
-    model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read the longest text?
-    answer = model.base_model(torch.tensor(words[1])[:, :max_length])[0]  # (1, tokens, width)
-    if not all(parameter.isfinite().all() for parameter in weights.values()):
-        raise ValueError("its weights have NaN or infinity in them")
-    return {
-        "fingerprint": digest.hexdigest(),
-        "tokenizer": sha256(json.dumps(words).encode()).hexdigest(),
-        "answer": answer[0, 0, :8].tolist(),
-    }
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in head:
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.contiguous().numpy())
+            if not parameter.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinity in it")
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer([ODD])["input_ids"]]
+    model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read that?
+    answer = model.base_model(torch.tensor(words[1])[:, : min(16, max_length)])[0]
+    words = sha256(json.dumps(words).encode()).hexdigest()
+    identity = {"fingerprint": digest.hexdigest(), "tokenizer": words}
+    return identity | {"answer": answer[0, 0, :8].tolist()}
 
 
 def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Base]) -> Base:
-    """The base model that a checkpoint's facts name, or `base_name`; raises InputError for another one."""
+    """The base that a checkpoint's facts name, or `base_name`; InputError for another one."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
     base = load(name, revision, facts["label_names"], facts["max_length"])
     now = base.identity
-    then = now | {key: facts[key] for key in now if key in facts}  # the first versions kept less
+    then = now | {key: facts[key] for key in now if key in facts}  # old files have less
     differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
-    if differs or not numpy.allclose(then["answer"], now["answer"], rtol=0, atol=1e-3):  # rounding: 1e-6
+    if differs or not numpy.allclose(then["answer"], now["answer"], rtol=0, atol=1e-4):
         what = f"{name!r} is another base model than {facts['base']!r} was in training"
-        raise InputError(f"{what} (its {listed(differs) or 'config.json'} differs); name the same one")
+        raise InputError(f"{what} ({listed(differs) or 'config.json'}); name the same one")
     return base
 
 
-@functools.cache
 def use_cache_if_offline() -> None:
-    """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute before they say no."""
-    import threading
-
+    """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute."""
     from huggingface_hub import constants, get_session
 
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # no network, no such name, a captive portal
-            answers.append(get_session().head(constants.ENDPOINT, timeout=5))
-
-    answers = [True] if constants.HF_HUB_OFFLINE else []
-    thread = threading.Thread(target=ask, daemon=True)  # a look-up of a name obeys no timeout
-    thread.start()
-    thread.join(0 if answers else 5)
-    constants.HF_HUB_OFFLINE |= not answers
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # no network, no such name, a captive portal
+            constants.HF_HUB_OFFLINE = True
 
 
 def last_name(path: str) -> str:
-    """The last name of a path: q_lin of distilbert.transformer.layer.0.attention.q_lin."""
+    """q_lin of distilbert.transformer.layer.0.attention.q_lin."""
     return path.rpartition(".")[2]
 
 
 # --- Tables --------------------------------------------------------------------------------------
-# From its file to its tokens a table is one of pandas, which takes 0.3 s to import: for those who read one.
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SPLITS = {"train": "training", "training": "training"}  # how a file's name starts: what it holds
+SPLITS = {"train": "training", "training": "training"}  # how a file's name starts: its split
 SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
 USUAL = {  # names of columns
-    "text": "sentence text review comment message title content body description headline tweet query question",
+    "text": "sentence text review comment message title content body description tweet query",
     "label": "label labels class category sentiment intent stars rating topic target emotion",
 }
 
 
 @dataclass
 class Tokens:
-    ids: list[numpy.ndarray]  # of each sentence (tokens,), int32: lists would take many times the memory
+    ids: list[numpy.ndarray]  # of each sentence (tokens,), int32: lists take many times as much
     labels: Tensor  # (sentences,), zeros where unknown
+
+    def __post_init__(self):
+        self.lengths = list(map(len, self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(one) for one in self.ids]
 
-
-def tokenize(texts: Sequence[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
+def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
     """The texts as token numbers, cut at `max_length`."""
     texts, ids, cut = list(texts), [], 0
-    for start in range(0, len(texts), 10_000):  # a part at a time: what a tokenizer returns is large
-        found = tokenizer(texts[start : start + 10_000], truncation=True, max_length=max_length)
+    for start in range(0, len(texts), 10_000):  # what a tokenizer returns is large
+        part = texts[start : start + 10_000]
+        found = tokenizer(part, truncation=True, max_length=max_length)
         ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
@@ -454,163 +423,153 @@ def tokenize(texts: Sequence[str], tokenizer: Callable, max_length: int, labels=
     return Tokens(ids, torch.tensor([0] * len(ids) if labels is None else list(labels)))
 
 
-def load_tables(args: argparse.Namespace) -> tuple[DataFrame, DataFrame, list[str]]:
-    """Training and validation rows, and the names of their labels.
+def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, list[str]]:
+    """Rows to train on, rows to validate by, and the names of their labels.
 
-    Rows have columns text and label, its number; their index is the row's number in the file, from 1.
+    A row has a text and a label, its number; its index is its number in the file, from 1.
     """
     where, tables = args.dataset, read_splits(args)
     if "training" not in tables:
-        raise InputError(f"{where}: no training split; call it train.csv, .tsv, .jsonl or .parquet")
+        raise InputError(f"{where}: no training split; name a file train, as train.csv")
     columns = find_columns(where, tables["training"], args.text_column, args.label_column)
-    rows = {split: read_rows(f"{where}: {split}", table, *columns) for split, table in tables.items()}
-    train = rows["training"]
-    validation = rows.get("validation", train[:0])
+    rows = {split: read_rows(f"{where}: {split}", t, *columns) for split, t in tables.items()}
+    train, validation = rows["training"], rows.get("validation", rows["training"][:0])
     class_names = tables["training"].attrs.get("class_names", {}).get(columns[1])
-    labels, names = number_labels(args, {*train["label"]}, {*validation["label"]}, class_names)
+    labels, names = number_labels(args, train["label"], validation["label"], class_names)
     note_surprises(where, train, validation)
+    generator = torch.Generator().manual_seed(args.seed)
+    train = train.iloc[torch.randperm(len(train), generator=generator).numpy()]
     if "validation" not in rows:
-        train, validation = hold_out(train, args.seed)
-        print(f"{visible(where)}: a tenth of each label, {len(validation)} rows, is held out by seed")
-    if args.train_samples:
-        order = rows["training"].index[shuffled(len(rows["training"]), args.seed)]
-        train = train.loc[order[order.isin(train.index)][: args.train_samples]]
+        train, validation = hold_out(train)
+        what = f"a tenth of each label, {len(validation)} rows, is held out by seed"
+        print(f"{visible(where)}: {what}")
+    train = train[: args.train_samples] if args.train_samples else train.sort_index()
     if train.empty or validation.empty:
         raise InputError(f"{where}: too few rows to hold a tenth out; give a validation split")
     numbers = {label: number for number, label in enumerate(labels)}
-    train, validation = (part.assign(label=part["label"].map(numbers)) for part in (train, validation))
-    return train, validation, names
+    train, validation = (p.assign(label=p["label"].map(numbers)) for p in (train, validation))
+    return train, validation.sort_index(), names
 
 
-def read_splits(args: argparse.Namespace) -> dict[str, DataFrame]:
-    """The splits of a file, a folder or a data set of the Hub: training, and perhaps validation."""
+def read_splits(args: Namespace) -> dict[str, DataFrame]:
+    """The splits of a file, a folder or a data set of the Hub."""
     import pandas
 
-    path = Path(args.dataset)
-    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()  # by save_to_disk
+    path, files = Path(args.dataset), {}
     if path.is_file() or path.suffix.lower() in FORMATS:
         return {"training": read_file(path)}
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
         return load_data_set(args, is_saved)
-    files: dict[str, list[Path]] = {}
-    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # as copies of the Hub's
+    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # as the Hub's
         for file in [] if files else sorted(folder.glob("*")):
             stem = file.stem.lower().partition("-")[0]  # train-00000-of-00002.parquet
             if stem in SPLITS and file.suffix.lower() in FORMATS:
                 files.setdefault(SPLITS[stem], []).append(file)
-    for split, parts in files.items():
-        if len(parts) > 1 and not all(f"-of-{len(parts):05d}" in part.stem for part in parts):
-            raise InputError(f"{path}: not one file for the {split} split: {listed(parts)}; keep one")
+    for parts in files.values():
+        names = [part.name for part in parts]
+        if len(parts) > 1 and not all(f"-of-{len(parts):05d}" in name for name in names):
+            raise InputError(f"{path}: several files for one split: {listed(names)}; keep one")
     tables = {split: [read_file(part) for part in parts] for split, parts in files.items()}
     return {split: pandas.concat(parts, ignore_index=True) for split, parts in tables.items()}
 
 
-def load_data_set(args: argparse.Namespace, is_saved: bool) -> dict[str, DataFrame]:
-    """The splits of a data set of the Hub, or of a folder of save_to_disk."""
+def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
+    """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
     if not is_saved:
         use_cache_if_offline()
-    import datasets  # a second, and after the Hub was asked, whose answer it copies
+    import datasets  # after the Hub was asked, whose answer it copies
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once, as InputError
-    if not on_terminal():
-        datasets.disable_progress_bars()
-    remedy = "name a file or a folder with --dataset" if is_saved else WITHOUT_HUB
-    with refusing(f"cannot load the data set {args.dataset!r}", remedy):
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once
+    datasets.disable_progress_bars()
+    with refusing(f"cannot load the data set {args.dataset!r}", WITHOUT_HUB):
         if is_saved:
             data = datasets.load_from_disk(args.dataset)
         else:
-            revision = GLUE[2] if args.dataset == GLUE[0] else None
-            data = datasets.load_dataset(args.dataset, args.dataset_config, revision=revision)
-        parts = {"train": data} if isinstance(data, datasets.Dataset) else data
-        arrow = {SPLITS[name]: parts[name].with_format("arrow")[:] for name in parts if name in SPLITS}
-        return {split: as_frame(table) for split, table in arrow.items()}
+            pinned = GLUE[2] if args.dataset == GLUE[0] else None
+            data = datasets.load_dataset(args.dataset, args.dataset_config, revision=pinned)
+        data = {"train": data} if isinstance(data, datasets.Dataset) else data
+        known = {SPLITS[name]: data[name] for name in data if name in SPLITS}
+        return {split: as_frame(part.with_format("arrow")[:]) for split, part in known.items()}
 
 
 def read_file(path: Path) -> DataFrame:
-    """One file as a pandas table; every field of a CSV or TSV file stays the text that it is.
-
-    Its attrs: header, the columns' names as they were; separator and mark (of the encoding) of a CSV file;
-    class_names of the columns of a Parquet file that the datasets library wrote.
-    """
+    """A file as a table; its attrs say how it was: header, separator, mark, class_names."""
     import pandas
     from pyarrow import parquet
 
     suffix = path.suffix.lower()
     with refusing(f"{path}: cannot be read", f"give a table that ends in {listed(FORMATS)}"):
-        if suffix not in FORMATS:
-            raise ValueError(f"{suffix or 'no ending'}")
         if suffix == ".parquet":
             table = as_frame(parquet.read_table(path))
         elif suffix in (".json", ".jsonl"):  # one object a line, or one array of objects
             text, _ = read_text(path)
             lines = [line for line in text.split("\n") if line.strip()]
-            rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
-            json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
+            is_array = text.lstrip().startswith("[")
+            rows = json.loads(text) if is_array else map(json.loads, lines)
             table = pandas.DataFrame([row | {} for row in rows], dtype=object)
+            str(table.to_dict()).encode()  # half characters are no text
         else:
             table = read_csv(path)
         header = [str(name) for name in table.columns]
         names = [name.strip() for name in header]
-        table.columns = [f"{name}.{i}" if name in names[:i] else name for i, name in enumerate(names)]
+        table.columns = [f"{n}.{i}" if n in names[:i] else n for i, n in enumerate(names)]
         table.attrs["header"] = header
     return table
 
 
 def read_csv(path: Path) -> DataFrame:
     """A CSV or TSV file without any guessing: "null" and "NA" are words, "007" is text."""
+    from io import StringIO
+
     import pandas
 
-    text, encoding = read_text(path)
-    header = next((line for line in io.StringIO(text) if line.strip()), "")
-    separator = max(",;\t", key=header.count)
-    options = {"sep": separator, "header": None, "dtype": str, "na_filter": False}
+    text, is_marked = read_text(path)
+    text = text.lstrip("\r\n")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    options = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
     if path.suffix.lower() == ".tsv":  # as GLUE writes it: a quote character is text
-        text = text.replace("\r\n", "\n")
-        options |= {"sep": "\t", "quoting": 3, "lineterminator": "\n"}
-    elif separator != "," and separator in header:
-        note(f"{path}: its columns are separated by {separator!r}")
-    has_one_column = options["sep"] not in header  # where a blank line is a row
-    options["skip_blank_lines"] = not (has_one_column and text.startswith(header))
-    table = pandas.read_csv(io.StringIO(text), **options)
+        separator, text = "\t", text.replace("\r\n", "\n")
+        options |= {"quoting": 3, "lineterminator": "\n"}
+    table = pandas.read_csv(StringIO(text), sep=separator, **options)
     table = table[1:].reset_index(drop=True).set_axis(table.iloc[0].tolist(), axis=1)
-    table.attrs = {"separator": options["sep"], "mark": encoding != "utf-8"}
+    table.attrs = {"separator": separator, "mark": is_marked}
     return table
 
 
-def read_text(path: Path) -> tuple[str, str]:
-    """A file's text and its encoding: what a byte-order mark says, or UTF-8, or Windows-1252 with a note."""
+def read_text(path: Path) -> tuple[str, bool]:
+    """A file's text, as its mark says, in UTF-8 or else Windows-1252; whether it wants a mark."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16"), "utf-16"
+        return content.decode("utf-16"), True
     if b"\0" in content:
         raise ValueError("no text, or UTF-16 without its mark: save it as UTF-8")
-    encoding = "utf-8-sig" if content.startswith(b"\xef\xbb\xbf") else "utf-8"
     try:
-        return content.decode(encoding), encoding
+        return content.decode("utf-8-sig"), content.startswith(b"\xef\xbb\xbf")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         note(f"{path}: line {line} is not UTF-8; read as Windows-1252: is that right?")
-        return content.decode("cp1252"), "cp1252"
+        return content.decode("cp1252"), True
 
 
 def as_frame(table) -> DataFrame:
-    """An Arrow table as a pandas table that keeps its values; names of classes go into its attrs."""
+    """An Arrow table as one of pandas with the same values."""
     import pandas
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = features.get("info", {}).get("features", {})
-    frame.attrs["class_names"] = {name: feature.get("names") for name, feature in features.items()}
+    frame.attrs["class_names"] = {name: kind.get("names") for name, kind in features.items()}
     return frame
 
 
-def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
-    """The columns of text and label: those given, the usual names, or the only ones that look like it."""
+def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple:
+    """The columns of text and label: those given, or by their names, or by what they hold."""
     is_guessed = not (text or label)
     text = text or choose_column(where, table, "text")
     label = label or choose_column(where, table, "label", taken=text)
     if is_guessed and (len(text) > 40 or label in table[label].head(2000).astype(str).tolist()):
-        what = f"its first row looks like data, not names of columns: {listed(list(table.columns))}"
+        what = f"its first row looks like data: {listed(list(table.columns))}"
         raise InputError(f"{where}: {what}; put a row of names above it")
     if (text, label) != ("sentence", "label"):
         note(f"{where}: {text!r} is taken for the text, {label!r} for the label")
@@ -619,7 +578,8 @@ def find_columns(where: str, table: DataFrame, text: str | None, label: str | No
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> str:
     """The column of "text" or "label"; raises InputError where it is not clear which."""
-    names = [name for name in table.columns if name not in ("", taken) and not name.startswith("Unnamed:")]
+    names = [name for name in table.columns if name not in ("", taken)]
+    names = [name for name in names if not name.startswith("Unnamed:")]  # pandas' own index
     usual = USUAL[what].split()
     found = [name for name in names if name.lower() == usual[0]]
     found = found or [name for name in names if name.lower() in usual]
@@ -632,7 +592,7 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> s
 
 def looks_like(what: str, column) -> bool:
     """Whether a column has long varied texts, or few short values that come again."""
-    values = [str(value) for value in column.head(2000).dropna().tolist() if str(value).strip()]
+    values = [str(value) for value in column.head(2000).dropna().tolist()]
     length, kinds = sum(map(len, values)) / max(1, len(values)), len(set(values))
     if what == "text":
         return length > 20 and kinds > len(values) / 2
@@ -645,43 +605,41 @@ def is_blank(text: str) -> bool:
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
-    """The rows that have something to read, numbered from 1: text and label, both as text (1.0 is 1)."""
+    """The rows that have something to read, numbered from 1: text and label, both as text."""
+    from numbers import Number
+
     for column in filter(None, (text, label)):
         if column not in table.columns:
             what = f"no column {column!r} but {listed(list(table.columns))}"
             raise InputError(f"{where}: {what}; see --text-column and --label-column")
-    rows = table[[text, label or text]].astype(object).set_axis(["text", "label"], axis=1)
-    rows.index = range(1, len(rows) + 1)
-    rows = rows.where(rows.notna(), "")
-    is_text = rows["text"].map(lambda value: isinstance(value, str))
-    is_empty = is_text & rows["text"].where(is_text, "x").map(is_blank)
+    whole = table[[text, label or text]].astype(object).set_axis(["text", "label"], axis=1)
+    whole = whole.where(whole.notna(), "").set_axis(range(1, len(whole) + 1))
     if class_names := table.attrs.get("class_names", {}).get(label):
-        rows["label"] = rows["label"].map(dict(enumerate(class_names)).get)
-    is_label = rows["label"].map(lambda value: isinstance(value, (str, numbers.Number)))
-    rows["label"] = rows["label"].map(str).str.strip().str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
-    is_label = is_label & (rows["label"] != "") | is_empty
-    for what, column, is_good in (("text", text, is_text), ("label", label, is_label)):
-        if column and not is_good.all():
-            value = visible(repr(table[column].iloc[is_good.argmin()]), 100)
-            raise InputError(
-                f"{where}: row {is_good.idxmin()} has the {what} {value}; correct or remove it"
-            )
-    if is_empty.any():
-        note(f"{where}: {is_empty.sum():,} of {len(rows):,} rows have no text and are left out")
-    if is_empty.all():
+        whole["label"] = whole["label"].map(dict(enumerate(class_names)).get)
+    rows = whole[~whole["text"].map(lambda value: isinstance(value, str) and is_blank(value))]
+    if len(rows) < len(whole):
+        note(f"{where}: {len(whole) - len(rows):,} of {len(whole):,} rows have no text: left out")
+    if rows.empty:
         raise InputError(f"{where}: no row has a text; give at least one")
-    return rows[~is_empty]
+    for what, kinds in (("text", str), ("label", (str, Number))):
+        for row, value in rows[what].items():
+            if not isinstance(value, kinds) or not str(value).strip():
+                value = visible(repr(value), 100)
+                raise InputError(f"{where}: row {row}: the {what} is {value}; correct it")
+    labels = rows["label"].map(str).str.strip()
+    return rows.assign(label=labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True))  # 1.0 is 1
 
 
 def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
-    """A line for each thing in the data that could surprise; silence where there is nothing to say."""
+    """A line for each thing in the data that could surprise."""
     labels_of_text = train.groupby("text")["label"].transform("nunique")
+    is_trained = validation["text"].isin(train["text"])
     counts = train["label"].value_counts()
     lower = counts.index.str.casefold()
     for what, found in (
         ("rows repeat an earlier text", train.index[train["text"].duplicated()]),
         ("rows have a text with more than one label", train.index[labels_of_text > 1]),
-        ("validation rows are trained on, too", validation.index[validation["text"].isin(train["text"])]),
+        ("validation rows have a text of the training", validation.index[is_trained]),
         ("labels differ in capital letters alone", counts.index[lower.duplicated(keep=False)]),
         ("labels have fewer than ten rows", counts.index[counts < 10]),
     ):
@@ -689,17 +647,12 @@ def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
             note(f"{where}: {len(found):,} {what}: {listed(found, 10)}")
 
 
-def shuffled(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in an order that the seed decides."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+def hold_out(rows: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """Of mixed rows those to train on, and those of each label's first tenth of texts.
 
-
-def hold_out(rows: DataFrame, seed: int) -> tuple[DataFrame, DataFrame]:
-    """The rows to train on, and those of a tenth of each label's texts, rounded up.
-
-    It is drawn by text, so that no held-out one is trained on; a label's only text stays in training.
+    It goes by text: no held-out one is trained on. A label's only text stays in training.
     """
-    texts = rows.iloc[shuffled(len(rows), seed)].drop_duplicates(["text", "label"])
+    texts = rows.drop_duplicates(["text", "label"])
     groups = texts.groupby("label")["text"]
     rank, size = groups.cumcount(), groups.transform("size")
     drawn = texts["text"][(rank < (size / 10).map(math.ceil)) & (size > 1)]
@@ -707,59 +660,47 @@ def hold_out(rows: DataFrame, seed: int) -> tuple[DataFrame, DataFrame]:
     return rows[~held], rows[held]
 
 
-def number_labels(args: argparse.Namespace, train: set, validation: set, class_names: list | None) -> tuple:
-    """The labels in the order of their numbers, and their names: by value where all are whole numbers."""
-    every = train | validation
+def number_labels(args: Namespace, train, validation, class_names) -> tuple[list, list]:
+    """The labels in the order of their numbers, and their names; whole numbers go by value."""
+    found, every = {*train}, {*train, *validation}
     are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in every)
-    fractions = not are_numbers and all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in every)
-    labels = class_names or sorted(train, key=lambda label: (int(label) if are_numbers else 0, label))
-    names, unknown = args.label_names or labels, sorted(every.difference(labels))
+    order = (lambda label: (int(label), label)) if are_numbers else str
+    labels = class_names or sorted(found, key=order)
+    names, unknown = args.label_names or labels, listed(sorted(every.difference(labels)))
     for is_wrong, what in (
-        (fractions, f"{listed(sorted(every), 3)} are neither names nor whole numbers"),
-        (len(labels) < 2, f"{labels[0]!r} is the only one; a classifier needs two"),
-        (unknown, f"{listed(unknown)} of a row is not one of the training labels {listed(labels)}"),
-        (names != labels and not (are_numbers or class_names), f"they have names: {listed(labels)}"),
-        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {listed(labels)}"),
-        (max(map(len, names)) > 1000, "one has more than 1,000 characters"),
+        (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} in {len(train):,} rows"),
+        (len(labels) < 2, f"{labels[0]!r} is the only one"),
+        (unknown, f"{unknown} is not one of the training's {listed(labels)}"),
+        (names != labels and not (are_numbers or class_names), f"{listed(labels)} are names"),
+        (not len(labels) == len(names) == len({*names}), f"{listed(names)} for {listed(labels)}"),
     ):
         if is_wrong:
-            raise InputError(f"{args.dataset}: labels: {what}; see --label-column and --label-names")
+            raise InputError(f"{args.dataset}: labels: {what}; see --label-column, --label-names")
     return labels, names
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 
-FORMAT = 1  # of the checkpoint; a reader refuses a number that it does not know
-FACTS = {  # what a checkpoint says beside its tensors, and of which type it is; and what identify gives
-    "base": str,
-    "revision": str | None,  # the Hub's commit
-    "fingerprint": str,
-    "label_names": list,  # in the order of their numbers
-    "max_length": int,  # tokens
-    "targets": list,  # names of the wrapped layers
-    "r": int,
-    "alpha": int | float,
-    "dropout": int | float,
-    "use_rslora": bool,
-}
+FORMAT = 1  # of every file; a reader refuses a number that it does not know
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
-def adapter_facts(args: argparse.Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
-    """What has to be known to rebuild the model, beside its tensors."""
-    facts = {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
-    facts |= {"base": args.model, "revision": base.revision, "label_names": label_names}
-    return facts | {"targets": sorted({last_name(path) for path in wrapped})} | base.identity
+def adapter_facts(args: Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
+    """What a checkpoint says beside its tensors: with it the model can be built again."""
+    facts = {"base": args.model, "revision": base.revision, **base.identity}
+    facts |= {"label_names": label_names, "max_length": args.max_length}
+    facts |= {key: getattr(args, key) for key in LORA_FACTS}
+    return facts | {"targets": sorted({last_name(path) for path in wrapped})}
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
-    """What a checkpoint keeps: <module path>.lora_A and .lora_B, and the head under its own names."""
+    """What a checkpoint keeps: <path>.lora_A and .lora_B, and the head under its own names."""
     kept = [name for name in state if name.endswith((".lora_A", ".lora_B")) or name in head]
     return {name: state[name].cpu() for name in kept}
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokenizer: Callable) -> None:
-    """Write adapter, head and facts as plain Python values; the tokenizer in a folder beside."""
+def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable) -> None:
+    """Write adapter, head and facts as plain values; the tokenizer in a folder beside."""
     checkpoint = {"format": FORMAT, "state_dict": tensors, **facts}
     write_file(path, lambda temporary: torch.save(checkpoint, temporary))
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
@@ -768,49 +709,46 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict, tokeniz
 def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
     """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
 
-    `base_name` says where the base is if it has moved, and `load` how to get it. Raises InputError for a
-    file that is no checkpoint, for another base, and for tensors missing, left over or not finite.
+    `base_name` says where the base is if it has moved, and `load` how to get it. Raises InputError
+    for a file that is no checkpoint, for another base, and for tensors that do not fit it.
     """
     checkpoint = read_tensors(path)
-    with refusing(f"{path}: not a checkpoint of this project, or damaged", "train or copy it again"):
-        tensors = checkpoint["state_dict"]
-        check_facts(checkpoint, tensors)
+    with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
+        check_facts(checkpoint, checkpoint["state_dict"])
         base = find_trained_base(checkpoint, base_name, load)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
-        copy_all(tensors, tensors_to_save(base.model.state_dict(), base.head))
+        tensors = tensors_to_save(base.model.state_dict(), base.head)
+        copy_all(checkpoint["state_dict"], tensors)
     base.model.eval()
     return base, checkpoint
 
 
 def read_tensors(path: str | Path) -> dict:
-    """What a file of torch.save holds, if it is tensors and plain values: code in it is never run."""
-    with refusing(f"{path}: not a file of lora_scratch.py, or damaged", "python lora_scratch.py makes one"):
-        with ZipFile(path) as file:
-            if damaged := file.testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"{damaged} has changed")
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """What a file of torch.save holds, if tensors and plain values: code in it is never run."""
+    with refusing(f"{path}: not a file of this project, or damaged", "train or copy it again"):
+        if damaged := ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} has changed")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the facts have our format, types and ranges, and the rank of their tensors."""
-    if facts["format"] != FORMAT:
-        raise ValueError(f"format {facts['format']}; this version reads {FORMAT}")
-    for key, kind in FACTS.items():
-        value, (low, high) = facts[key], RANGES.get(key, (-math.inf, math.inf))
-        is_right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not is_right or (key in RANGES and not low <= value <= high):
-            raise ValueError(f"{key} is {value!r}")
-        if kind is list and not len(value) == len({name for name in value if isinstance(name, str)}) > 0:
-            raise ValueError(f"{key} is no list of names")
-    if any(len(tensor) != facts["r"] for name, tensor in tensors.items() if name.endswith("lora_A")):
-        raise ValueError(f"r is {facts['r']}, its tensors have another rank")
+    """Raise ValueError unless the facts are of our format, in range and true of the tensors."""
+    names, r = facts["label_names"], facts["r"]
+    ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
+    texts = [facts["base"], *names, *facts["targets"]]
+    is_right = facts["format"] == FORMAT and ranks == {r} and isinstance(names, list)
+    if not is_right or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
+    for key in ("alpha", "dropout", "max_length"):
+        if not RANGES[key][0] <= facts[key] <= RANGES[key][1]:
+            raise ValueError(f"{key} is {facts[key]}")
 
 
 @torch.no_grad()
 def copy_all(source: dict, target: dict) -> None:
-    """Copy tensors into those of the same name: all of them, of the same shape and type, and finite.
+    """Copy tensors into those of the same name: a file can only fill what is here already.
 
-    Thereby a file can only fill tensors that are here already. Raises ValueError otherwise.
+    Raises ValueError unless they are the same ones, of the same shapes and types, and finite.
     """
     for key in source.keys() ^ target.keys():
         raise ValueError(f"{visible(key)} is {'missing' if key in target else 'not expected'}")
@@ -825,7 +763,7 @@ def copy_all(source: dict, target: dict) -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then move it into place: whole, or not at all."""
-    with refusing(f"cannot write {path}", "an older one is unchanged; make room or name another place"):
+    with refusing(f"cannot write {path}, which is as it was", "make room or name another place"):
         target = path.resolve()  # a link stays a link, and the move stays on one file system
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{os.getpid()}.tmp")
@@ -839,37 +777,35 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object], last: str = "") -> None:
-    """Let `write` fill a temporary folder, then move each file to `path`, the one named `last` at the end."""
+    """Let `write` fill a temporary folder, then move its files to `path`, the one named `last` last."""
     with refusing(f"cannot write {path}", "make room or name another place"):
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", suffix=".tmp", dir=path) as temporary:
             write(Path(temporary))
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
-                write_file(path / file.name, functools.partial(shutil.copyfile, file))
+                write_file(path / file.name, lambda new, old=file: new.write_bytes(old.read_bytes()))
 
 
 # --- Resuming ------------------------------------------------------------------------------------
 
 
 class TrainingState:
-    """The course of a training: its progress as it is printed, and what --resume needs in a file.
+    """The course of a training: its progress as it is printed, and a file for --resume.
 
-    The file beside the output holds adapter and head, the optimiser's moments, the scaler, random
-    generators, losses and epochs so far, and the settings that have to be the same again. The order of the
-    sentences and the learning rate need no place: seed, epoch and step decide them.
+    The file holds what is trained, the optimiser's moments, the scaler, the random generators,
+    losses and epochs so far, and the settings that have to be the same again. Seed, epoch and step
+    decide the order of the sentences and the learning rate.
     """
 
-    MAY_DIFFER = {  # data and base are recognised by their content
-        *("demo", "model", "revision", "dataset", "dataset_config", "text_column", "label_column"),
-        *("label_names", "train_samples", "recipe", "device", "threads", "log_every", "save_every"),
-        *("resume", "output", "import_scratch", "export_scratch"),
-    }
+    MAY_DIFFER = ("model", "revision", "dataset", "dataset_config", "text_column", "label_column")
+    MAY_DIFFER += ("train_samples", "recipe", "demo", "device", "threads", "log_every", "save_every")
+    MAY_DIFFER += ("resume", "output", "import_scratch", "export_scratch")  # data: see digests
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
+    def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
         self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
         self.path = args.output.with_name(f"{args.output.name}.state")
         settings = {key: value for key, value in vars(args).items() if key not in self.MAY_DIFFER}
-        settings |= {key: facts[key] for key in ("label_names", "targets", "fingerprint", "tokenizer")}
+        settings |= {key: facts[key] for key in ("label_names", "fingerprint", "tokenizer")}
         for name, part in zip(("training data", "validation data"), sets, strict=True):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             settings[name] = sha256(numbers).hexdigest()
@@ -879,7 +815,7 @@ class TrainingState:
         self.done = 0  # steps, when last saved
 
     def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scaler) -> int:
-        """Make room for all that a state holds; --resume fills it. Returns the number of the first step."""
+        """Make room for what a state holds; --resume fills it. Returns the first step's number."""
         self.steps_per_epoch, self.optimizer, self.scaler = steps_per_epoch, optimizer, scaler
         self.losses = torch.zeros(total_steps, device=self.model.device)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -893,19 +829,19 @@ class TrainingState:
         elif self.args.resume:
             print(f"no training state {self.path} yet: starting from the beginning")
         self.epoch_start, self.clock = self.done, time.perf_counter()
-        is_silent = rank_and_size()[0] > 0 or not on_terminal()
-        self.bar = tqdm(total=total_steps, initial=self.done, disable=is_silent, dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=self.done, disable=not on_terminal())
         return self.done
 
     def load(self) -> None:
-        """Put everything back; raises InputError for a file that is not the state of this very run."""
+        """Put everything back; raises InputError for a file that is not the state of this run."""
         state = read_tensors(self.path)
         with refusing(f"{self.path}: not a training state of this run", "leave out --resume"):
             for key, now in self.settings.items():
                 if (then := state["settings"][key]) != now:
-                    raise ValueError(f"{key} was {visible(then, 60)} and is now {visible(now, 60)}")
-            done, epochs, total = state["done"], json.loads(state["epochs"]), len(self.losses)
-            ended = done // self.steps_per_epoch + (done == total and done % self.steps_per_epoch > 0)
+                    raise ValueError(f"{key} was {visible(then, 60)}, is now {visible(now, 60)}")
+            done, epochs, total = int(state["done"]), json.loads(state["epochs"]), len(self.losses)
+            ended = done / self.steps_per_epoch
+            ended = math.ceil(ended) if done == total else math.floor(ended)
             if not 0 < done <= total or len(epochs) != ended:
                 raise ValueError(f"{len(epochs)} epochs in {done} steps")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
@@ -929,21 +865,21 @@ class TrainingState:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
     def check_finite(self, done: int) -> None:
-        """Raise InputError where a loss so far or a weight now is not finite: what was saved is sound."""
+        """Raise InputError where a loss so far or a weight now is not finite."""
         tensors = [self.losses[:done], *self.tensors["trained"].values()]
         if not all(tensor.detach().sum().isfinite() for tensor in tensors):
             what = f"step {done}: the loss or a weight is not finite"
-            raise InputError(f"{what}, at a learning rate of {self.args.lr:.1e}; lower --lr")
+            raise InputError(f"{what}, with a rate of {self.args.lr:g}; lower --lr")
 
     def report(self, done: int) -> None:
         """Show the mean loss of the last steps: on a terminal's bar, or on a line now and then."""
         self.check_finite(done)  # rarely: it waits for the GPU
         self.seconds = time.perf_counter() - self.clock
         sentences = min((done - self.epoch_start) * self.args.batch_size, self.sentences)
-        self.sentences_a_second = sentences / self.seconds
+        self.speed = sentences / self.seconds
         loss = self.losses[max(0, done - self.args.log_every) : done].mean()
         rate = self.optimizer.param_groups[0]["lr"]
-        said = f"loss {loss:.4f}, lr {rate:.1e}, {self.sentences_a_second:.0f} sentences/s"
+        said = f"loss {loss:.4f}, lr {rate:.1e}, {self.speed:.0f} sentences/s"
         self.bar.set_postfix_str(said)
         self.bar.update(done - self.bar.n)
         if self.bar.disable and done % (10 * self.args.log_every) == 0:
@@ -951,30 +887,28 @@ class TrainingState:
 
     def end_epoch(self, done: int, eval_loss: float, confusion: Tensor) -> None:
         """Add the epoch to the record, and print it."""
-        epochs, every, result = self.record["epochs"], self.args.log_every, score(confusion)
+        epochs, result = self.record["epochs"], score(confusion)
         losses = self.losses[len(epochs) * self.steps_per_epoch : done]
-        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), "train_loss": losses.mean().item()}
-        epoch |= {"eval_loss": eval_loss, **{key: result[key] for key in ("accuracy", "correct", "total")}}
-        epoch |= {"seconds": self.seconds, "sentences_per_second": self.sentences_a_second}
-        epochs.append(epoch)
-        blocks = [round(block.mean().item(), 5) for block in self.losses[:done].split(every)]
-        self.record["loss_curve"] = {"every": every, "loss": blocks}
-        right = f"{result['accuracy']:.2f} % ({result['correct']}/{result['total']})"
-        said = f"training loss {epoch['train_loss']:.4f}, validation loss {eval_loss:.4f}, accuracy {right}"
+        epoch = {"epoch": len(epochs) + 1, "steps": len(losses)}
+        epoch |= {"train_loss": losses.mean().item(), "eval_loss": eval_loss}
+        epoch |= {"seconds": self.seconds, "sentences_per_second": self.speed}
+        epochs.append(epoch | {key: result[key] for key in ("accuracy", "correct", "total")})
         self.bar.clear()
-        print(f"epoch {len(epochs)}: {said}, {self.seconds:.1f} s", flush=True)
+        said = f"training loss {epoch['train_loss']:.4f}, validation loss {eval_loss:.4f}"
+        print(f"epoch {len(epochs)}: {said}, {result['text']}, {self.seconds:.1f} s", flush=True)
         self.epoch_start, self.clock = done, time.perf_counter()
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Note Ctrl-C, SIGTERM and SIGHUP instead of dying within a step; the second ends at once."""
+        """Note Ctrl-C, SIGTERM and SIGHUP and finish the step; the second one ends at once."""
 
         def remember(number: int, _: object) -> None:
             self.stopped = number
             signal.signal(number, signal.SIG_DFL)
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        former = {n: signal.signal(n, remember) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+        former = {number: signal.signal(number, remember) for number in numbers}
         try:
             yield
         finally:
@@ -982,36 +916,35 @@ class TrainingState:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def leave(self) -> int:
-        """The exit code of a process that saves no result, after a word on how to go on."""
+    def leave_group(self) -> bool:
+        """Part from other processes; whether this one goes on, as the first that nothing stopped."""
+        rank, every = rank_and_size()[0], self.args.log_every
+        blocks = [round(block.mean().item(), 5) for block in self.losses.split(every)]
+        self.record["loss_curve"] = {"every": every, "loss": blocks}
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if self.stopped:
-            print(f"stopped after step {self.done}; the same command with --resume continues", flush=True)
-        return 128 + self.stopped if self.stopped else 0
+            print(f"stopped after step {self.done}; the same command with --resume continues")
+        self.exit_code = 128 + self.stopped if self.stopped else 0
+        return rank == 0 and not self.stopped
 
 
 def on_terminal() -> bool:
-    """Whether a line can be redrawn in place: a notebook or a log would keep every state of a bar."""
-    return sys.stderr.isatty() and not {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
+    """Whether a bar can be redrawn in place: a notebook or a log would keep every state of it."""
+    is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
+    return sys.stderr.isatty() and not is_notebook and rank_and_size()[0] == 0
 
 
 # --- Several processes ---------------------------------------------------------------------------
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those that torchrun started, and how many they are: 0 of 1 without."""
+    """This process's number among those that torchrun started, and their count; else 0 of 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def leave_group() -> bool:
-    """Part from the other processes after the training; whether this is the first one, which goes on."""
-    rank, _ = rank_and_size()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return rank == 0
-
-
 def share_gradients(model: nn.Module, seed: int) -> nn.Module:
-    """The model; of several processes each gets the mean of all gradients, and a dropout of its own."""
+    """The model; of several processes each has the mean of all gradients, and its own dropout."""
     rank, ranks = rank_and_size()
     if rank > 0:
         torch.manual_seed(seed + rank)
@@ -1019,10 +952,9 @@ def share_gradients(model: nn.Module, seed: int) -> nn.Module:
 
 
 def own_share(batch: list[int]) -> tuple[list[int], float]:
-    """This process's part of a batch, and what its sum of losses is multiplied by.
+    """This process's part of a batch, and the factor that makes the mean over all the batch's.
 
-    The mean over all processes is then the mean over the batch. Of a short batch a process may get
-    nothing: it computes the first sentence, with weight 0.
+    Of a short batch a process may get nothing: it computes the first sentence, with weight 0.
     """
     rank, ranks = rank_and_size()
     share = batch[rank::ranks]
@@ -1030,7 +962,6 @@ def own_share(batch: list[int]) -> tuple[list[int], float]:
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:
-    """The sum of what each process has computed; of one process, what it has."""
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
@@ -1039,13 +970,15 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
 # --- What a run says and writes ------------------------------------------------------------------
 
 
-def describe(args: argparse.Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
-    """Print what is trained, on which base and machine; returns the beginning of the run's record."""
+def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
+    """Print what is trained, on which base and machine: the beginning of the run's record."""
+    import platform
+
     counts = dict.fromkeys(("lora", "head", "frozen base", "trained"), 0)
     for name, parameter in named.items():
         part = "lora" if "lora_" in name else "head" if name in head else "frozen base"
         counts[part] += parameter.numel()
-        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
+        counts["trained"] += parameter.numel() * parameter.requires_grad
     layers = ", ".join(sorted({last_name(path) for path in wrapped}))
     for part, what in (
         ("lora", f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"),
@@ -1056,15 +989,14 @@ def describe(args: argparse.Namespace, named: dict[str, Tensor], head: list[str]
         print(f"{part:12}{counts[part]:>12,} {share:6.2f} %  {what}")
     capability = torch.backends.cpu.get_cpu_capability()
     hardware = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
-    if choose_device(args.device).type == "cuda":
+    if parameter.is_cuda:
         hardware = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in ("torch", "transformers", "datasets")}
-    precision = str(dtype).removeprefix("torch.")
-    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    versions["python"], precision = platform.python_version(), str(dtype).removeprefix("torch.")
+    shown = ", ".join(map(" ".join, versions.items()))
     print(f"{'machine':12}{hardware}, {precision}; {shown}", flush=True)
-    settings = json.loads(json.dumps(vars(args), default=str))
-    record = {"settings": settings, "versions": versions, "hardware": hardware, "precision": precision}
+    record = {"format": FORMAT, "settings": json.loads(json.dumps(vars(args), default=str))}
+    record |= {"versions": versions, "hardware": hardware, "precision": precision}
     return record | {"parameters": counts, "epochs": []}
 
 
@@ -1072,57 +1004,57 @@ LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
 
 
 def calibrate(model: nn.Module, sentences: Tokens) -> float:
-    """Make the model as sure as it is right: divide its logits by one temperature (arXiv:1706.04599).
+    """Make the model as sure as it is right: divide its logits by a temperature (arXiv:1706.04599).
 
-    Of 1 to 10 it is the one under which the labels are likeliest; it goes into the head's last layer, so
-    every format has it, and no answer changes. A frozen head, and one with fewer than LEAST_HELD_OUT
-    sentences to fit it on, keeps 1.
+    Of 1 to 10 it is the one under which the labels are likeliest. It goes into the head's last
+    layer, so every format has it, and no answer changes. A frozen head keeps 1.
     """
-    modules = [module for name, module in model.named_modules() if "original_module" not in name]  # PEFT's
+    modules = [m for name, m in model.named_modules() if "original_module" not in name]  # PEFT's
     outputs = model.config.num_labels
     layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
-    temperature, what = 1.0, "the head is frozen"
+    if not layer.weight.requires_grad:
+        return 1.0
     if len(sentences) < LEAST_HELD_OUT:
-        what = f"{LEAST_HELD_OUT} validation sentences are needed; percentages may be far too sure"
-    elif layer.weight.requires_grad:
-        logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
-        temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
-        what = f"it divides the logits, fitted on the {len(sentences):,} validation sentences"
+        what = f"not fitted: {LEAST_HELD_OUT} validation sentences are needed"
+        print(f"{'temperature':12}{what}, so the percentages may be far too sure")
+        return 1.0
+    logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
+    temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
     for parameter in layer.parameters():
         parameter.data /= temperature
-    print(f"{'temperature':12}{temperature:.2f}: {what}")
+    what = f"divides the logits: fitted on the {len(sentences):,} validation sentences"
+    print(f"{'temperature':12}{temperature:.2f} {what}")
     return temperature
 
 
 def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
     """How often each label (row) was answered with each (column)."""
-    return torch.bincount(given * labels + answers, minlength=labels * labels).view(labels, labels)
+    return torch.bincount(given * labels + answers, minlength=labels**2).view(labels, labels)
 
 
 def score(confusion: Tensor) -> dict:
-    """What was right, in percent: accuracy, where it truly is with 95 % confidence, and macro-F1.
+    """Accuracy in percent, its 95 % interval (Wilson, 1927), macro-F1, and the first in words.
 
-    interval  Wilson's (1927), which holds near 0 and 100, too
-    macro_f1  the mean F1 over all labels that were given or answered, as in scikit-learn
+    macro_f1 is the mean F1 over all labels that were given or answered, as in scikit-learn.
     """
-    correct, total = int(confusion.trace()), int(confusion.sum())
-    z = 1.959964  # of the normal distribution
+    correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964  # of the normal
+    accuracy, both = 100 * correct / total, confusion.sum(dim=0) + confusion.sum(dim=1)
     middle = (correct + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
-    both = confusion.sum(dim=0) + confusion.sum(dim=1)
     return {
-        "accuracy": 100 * correct / total,
+        "accuracy": accuracy,
         "correct": correct,
         "total": total,
         "interval": [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)],
         "macro_f1": (200 * confusion.diagonal().double() / both).nanmean().item(),
+        "text": f"accuracy {accuracy:.2f} % ({correct}/{total})",
     }
 
 
 def report_labels(confusion: Tensor, label_names: list[str]) -> str:
-    """A table of the labels, and a summary: accuracy and its interval, macro-F1, the commonest label's share.
+    """Precision, recall and F1 of each label in percent, - where undefined; below, the score.
 
-    Precision, recall and F1 in percent, - where undefined; how often each of up to 10 labels was answered.
+    Of up to 10 labels also how often each (row) was answered with each (column).
     """
     import pandas
 
@@ -1132,165 +1064,148 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
     columns |= {"F1": 200 * right / (given + real), "sentences": real}
     header = list(columns)
     if len(names) <= 10:
-        columns |= {"answered as:": "", **{i: confusion[:, i] for i in range(len(names))}}
+        columns |= {"answered as:": "", **dict(enumerate(confusion.T))}
         header += ["answered as:", *names]
     table = pandas.DataFrame(columns)
+    table = table.to_string(header=header, index=False, float_format="%.1f", na_rep="-")
     result = score(confusion)
     always = f"always {names[int(real.argmax())]!r}: {100 * int(real.max()) / result['total']:.2f} %"
-    right = f"accuracy {result['accuracy']:.2f} % ({result['correct']}/{result['total']})"
     interval = "95 % between {:.0f} and {:.0f}".format(*result["interval"])
-    table = table.to_string(header=header, index=False, float_format="%.1f", na_rep="-")
-    return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{right}, {interval}"
+    return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{result['text']}, {interval}"
 
 
-def finish(
-    args: argparse.Namespace, record: dict, confusion: Tensor, label_names: list[str], texts
-) -> None:
+def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[str]) -> None:
     """Write the run's record beside its result, print what came out, and how to ask it."""
-    files = [args.output] if args.output.is_file() else list(args.output.glob("adapter_*"))
-    size = sum(file.stat().st_size for file in files)
-    result = score(confusion) | {"bytes": size, "label_names": label_names, "confusion": confusion.tolist()}
+    files = [args.output] if args.output.is_file() else args.output.glob("adapter_*")
+    size, result = sum(file.stat().st_size for file in files), score(confusion)
+    result |= {"bytes": size, "label_names": label_names, "confusion": confusion.tolist()}
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
     write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
-    right = f"{result['correct']}/{result['total']} right"
-    print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, it answers {right}")
-    if result["correct"] <= confusion.sum(dim=1).max():
-        what = "always answering the commonest label is as good"
-        print(f"nothing is learnt yet: {what}; give more rows, more --max-steps or another --lr")
+    print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, this is what it does:")
     print(report_labels(confusion, label_names))
-    playground = os.path.join(os.path.dirname(sys.argv[0]), "playground.py")
-    plain = [text for text in texts if text.isprintable() and not text.startswith("-")]
-    question = visible(min(plain, key=len, default="A sentence."), 100)
-    print("ask it:", shlex.join([sys.orig_argv[0], playground, "--model", str(args.output), question]))
+    if result["correct"] <= confusion.sum(dim=1).max():
+        what = "always the commonest label would be as good"
+        print(f"nothing is learnt yet, {what}; give more rows, more --max-steps or another --lr")
+    print(f"ask it: python playground.py --model={str(args.output)!r} 'A sentence.'")
 
 
 def beside(output: Path, ending: str) -> Path:
-    """A file that belongs to an output, a .pt file or a folder: run.json of run.pt, lr0.1.json of lr0.1."""
+    """What belongs to a .pt file or a folder: run.json of run.pt, lr0.1.json of lr0.1."""
     return output.with_name(output.name.removesuffix(".pt") + ending)
 
 
 # --- Flags and the machine -----------------------------------------------------------------------
 
-GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # name, configuration, revision
+GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # its revision last
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
-LOCAL = {"model": "model/distilbert-base-uncased", "dataset": "dataset/glue_sst2_local"}  # where they exist
+LOCAL = {"model": "model/distilbert-base-uncased", "dataset": "dataset/glue_sst2_local"}
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
-RECIPES = {  # what becomes of the flags that are not given; measured in tests/figures/results/README.md
-    "published": {"lr": 2e-4, "batch_size": 16, "epochs": 3, "warmup": 0.06},  # query and value
-    "own": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 16, "epochs": 3, "warmup": 0.06},
-    "best": {"targets": ["all-linear"], "lr": 1e-3, "batch_size": 32, "epochs": 2, "warmup": 0.06},
+RECIPES = {  # what becomes of flags that are not given: see tests/figures/results/README.md
+    "published": {"lr": 2e-4, "batch_size": 16, "epochs": 3},  # targets: query and value
+    "own": {"lr": 1e-3, "batch_size": 16, "epochs": 3, "targets": ["all-linear"]},
+    "best": {"lr": 1e-3, "batch_size": 32, "epochs": 2, "targets": ["all-linear"]},
 }
 LEAST_STEPS = 400  # but for "published": fewer rows are seen more often
-MANY_LABELS = 20  # but for "published": from there on the head has more to learn, and the rate is doubled
-RANGES = {
-    "r": (1, 65_536),
-    "alpha": (0, 1e6),
-    "dropout": (0, 0.99),
-    "max_length": (3, 10**6),
-}  # files', too
-RANGES |= dict.fromkeys(["epochs", "max_steps", "train_samples", "log_every", "save_every"], (1, 10**8))
-RANGES |= {"batch_size": (1, 10**6), "threads": (1, 1024), "seed": (0, 2**32 - 1), "warmup": (0, 1)}
-RANGES |= {"lr": (0, 1e3), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
-WITHOUT_HUB = "without the Hub: README, Set-up; or ./setup.sh --demo, then python lora_scratch.py --demo"
+MANY_LABELS = 20  # but for "published": from there on the rate is doubled
+RANGES = {"r": (1, 65_536), "alpha": (0, 1e6), "dropout": (0, 0.99), "max_length": (3, 10**6)}
+RANGES |= {"epochs": (1, 10**6), "max_steps": (1, 10**8), "train_samples": (1, 10**9)}
+RANGES |= {"batch_size": (1, 10**6), "log_every": (1, 10**8), "save_every": (1, 10**8)}
+RANGES |= {"lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
+RANGES |= {"seed": (0, 2**32 - 1), "threads": (1, 1024)}
+WITHOUT_HUB = "name a folder; or ./setup.sh --demo, then python lora_scratch.py --demo"
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are one line, whatever was typed."""
-
-    def error(self, message: str) -> None:
+class Parser(ArgumentParser):
+    def error(self, message: str) -> None:  # one line, whatever was typed
         raise InputError(f"{message}; see --help")
 
 
-def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+def make_parser(description: str, output: str) -> ArgumentParser:
     """The flags of both training scripts; `output` is where results go, {} the name of the data."""
-    layout = argparse.RawDescriptionHelpFormatter
+    layout = RawDescriptionHelpFormatter
     parser = Parser(description=description, usage="%(prog)s [options]", formatter_class=layout)
     parser.output = output
+    name, number, real = {"metavar": "NAME"}, {"type": int}, {"type": float}
     add = parser.add_argument_group("model and data").add_argument
-    add("--demo", action="store_true", help=f"without the Hub: {DEMO['model']} on {DEMO['dataset']}")
-    add(
-        "--model",
-        help=f"base model, a folder or of the Hub ({LOCAL['model']} if there, else {DISTILBERT[0]})",
-    )
-    add("--revision", metavar="NAME", help="the Hub's revision of the base model (pinned for the default)")
-    add("--dataset", help=f"file, folder or of the Hub ({LOCAL['dataset']} if there, else {GLUE[0]})")
-    add(
-        "--dataset-config", metavar="NAME", help=f"configuration of a Hub data set ({GLUE[1]} of {GLUE[0]})"
-    )
-    add("--text-column", metavar="NAME", help="(sentence, text, ... or the one of long texts)")
-    add("--label-column", metavar="NAME", help="(label, class, ... or the one of few values)")
-    add("--label-names", nargs="+", metavar="NAME", help="names for integer labels, in their order")
-    add("--train-samples", type=int, metavar="N", help="train on N random rows (all)")
-    add("--max-length", type=int, default=128, metavar="N", help="tokens; longer text is cut (128)")
+    add("--demo", action="store_true", help=f"{DEMO['model']} on {DEMO['dataset']}, without the Hub")
+    add("--model", **name, help=f"folder or Hub name ({LOCAL['model']} if there, else {DISTILBERT[0]})")
+    add("--revision", **name, help="the Hub's revision of the model (pinned for DistilBERT)")
+    add("--dataset", **name, help=f"file, folder or Hub name ({LOCAL['dataset']} if there, else {GLUE[0]})")
+    add("--dataset-config", **name, help=f"configuration of a Hub data set ({GLUE[1]} of {GLUE[0]})")
+    add("--text-column", **name, help="(sentence, text, ... or the one of long texts)")
+    add("--label-column", **name, help="(label, class, ... or the one of few values)")
+    add("--label-names", **name, nargs="+", help="names for integer labels, in their order")
+    add("--train-samples", **number, help="train on so many random rows (all)")
+    add("--max-length", **number, default=128, help="tokens; longer text is cut (128)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--r", type=int, default=8, metavar="N", help="rank of the update (8)")
-    add("--alpha", type=float, default=16.0, metavar="X", help="scaling = alpha / r (16)")
-    add("--dropout", type=float, default=0.1, metavar="X", help="on the LoRA branch (0.1)")
-    add("--targets", nargs="+", metavar="NAME", help="linear layers, or all-linear (by recipe)")
+    add("--r", **number, default=8, help="rank of the update (8)")
+    add("--alpha", **real, default=16.0, help="scaling = alpha / r (16)")
+    add("--dropout", **real, default=0.1, help="on the LoRA branch (0.1)")
+    add("--targets", **name, nargs="+", help="linear layers, or all-linear (by recipe)")
     add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
     add("--freeze-head", action="store_true", help="leave the head as random as it starts")
     add = parser.add_argument_group("training").add_argument
-    what = "published for SST-2, own for other data (auto); best for tens of thousands of rows"
+    what = "published for SST-2, own for other data (auto); best for many rows"
     add("--recipe", choices=["auto", *RECIPES], default="auto", help=what)
-    add(
-        "--epochs", type=int, metavar="N", help="times through the data (3; best 2; own 1 from 20,000 rows)"
-    )
-    add("--max-steps", type=int, metavar="N", help="stop after N steps instead (own, best: at least 400)")
-    add("--batch-size", type=int, metavar="N", help="sentences a step (16; best 32)")
-    add("--lr", type=float, metavar="X", help="peak rate (published 2e-4, else 1e-3; 2e-3 from 20 labels)")
-    add("--warmup", type=float, metavar="X", help="share of the steps, then decay (0.06)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01)")
-    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="clipping; 0 means none (1)")
-    add("--seed", type=int, default=42, metavar="N", help="of all randomness (42)")
+    add("--epochs", **number, help="times through the data (3; best 2; own 1 from 20,000 rows)")
+    add("--max-steps", **number, help="steps instead of epochs (own and best: at least 400)")
+    add("--batch-size", **number, help="sentences a step (16; best 32)")
+    add("--lr", **real, help="peak learning rate (published 2e-4, else 1e-3; from 20 labels 2e-3)")
+    add("--warmup", **real, default=0.06, help="share of the steps, then the rate decays (0.06)")
+    add("--weight-decay", **real, default=0.01, help="of AdamW (0.01)")
+    add("--max-grad-norm", **real, default=1.0, help="clipping of gradients; 0 means none (1)")
+    add("--seed", **number, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA where there is one (auto)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
     what = "16 bits where the machine computes in them (auto)"
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=what)
-    add("--threads", type=int, metavar="N", help="of the CPU (PyTorch's choice)")
-    add("--log-every", type=int, default=20, metavar="N", help="steps a report, 10 N in a log (20)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps a state for --resume (500)")
+    add("--threads", **number, help="of the CPU (PyTorch's choice)")
+    add("--log-every", **number, default=20, help="steps a report, in a log ten times as many (20)")
+    add("--save-every", **number, default=500, help="steps a state for --resume (500)")
     add("--resume", action="store_true", help="continue from the state beside --output")
-    add("--output", type=Path, metavar="PATH", help=f"where the result goes ({output.format('DATA')})")
+    add("--output", type=Path, help=f"where the result goes ({output.format('DATA')})")
     return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """The flags, with the defaults that depend on --demo and on what this folder holds."""
     args = parser.parse_args(argv)
     for key, (low, high) in RANGES.items():
         value = getattr(args, key)
         if value is not None and not low <= value <= high:
-            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+            flag = f"--{key.replace('_', '-')}"
+            raise InputError(f"{flag} {value} is not between {low} and {high}")
     for key, name in (("model", DISTILBERT[0]), ("dataset", GLUE[0])):
         default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else name
         setattr(args, key, getattr(args, key) or default)
-    if args.demo and args.model == DEMO["model"] and not Path(args.model).is_dir():
-        raise InputError(f"--demo: no base model in {args.model} yet; ./setup.sh --demo makes it")
+    if args.model == DEMO["model"] and not Path(args.model).is_dir():
+        raise InputError(f"no base model in {args.model} yet; ./setup.sh --demo makes it")
     if args.model == DISTILBERT[0]:
         args.revision = args.revision or DISTILBERT[1]
     if args.dataset == GLUE[0]:
         args.dataset_config = args.dataset_config or GLUE[1]
     if args.output is None:
         name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
-        name = "distilbert_sst2" if args.dataset in (GLUE[0], LOCAL["dataset"]) else name
-        args.output = Path(parser.output.format(name))
+        is_sst2 = args.dataset in (GLUE[0], LOCAL["dataset"])
+        args.output = Path(parser.output.format("distilbert_sst2" if is_sst2 else name))
     return args
 
 
-def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> argparse.Namespace:
-    """The flags, with those that were not given by --recipe and the size of the data; prints them."""
-    is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
-    name = args.recipe if args.recipe != "auto" else "published" if is_sst2 else "own"
-    recipe = RECIPES[name] | {"recipe": name}
-    given = {key: value for key, value in vars(args).items() if value is not None and key != "recipe"}
+def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
+    """The flags, with those that --recipe and the size of the data decide; prints them."""
+    name, local = args.recipe, Path(LOCAL["dataset"]).resolve()
+    if name == "auto":
+        is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == local
+        name = "published" if is_sst2 else "own"
+    recipe, given = dict(RECIPES[name]), {k: v for k, v in vars(args).items() if v is not None}
     if name != "published" and labels >= MANY_LABELS:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
         recipe["epochs"] = 1
-    chosen = argparse.Namespace(**vars(args) | recipe | given)
+    chosen = Namespace(**vars(args) | recipe | given | {"recipe": name})
     steps = chosen.epochs * math.ceil(rows / chosen.batch_size)
-    if name != "published" and args.epochs is None and args.max_steps is None and steps < LEAST_STEPS:
-        chosen.max_steps = LEAST_STEPS
+    if name != "published" and not args.epochs and steps < LEAST_STEPS:
+        chosen.max_steps = chosen.max_steps or LEAST_STEPS
     targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
     batch = f", batches of {chosen.batch_size}" if chosen.batch_size != 16 else ""
@@ -1300,29 +1215,22 @@ def choose_recipe(args: argparse.Namespace, rows: int, labels: int) -> argparse.
 
 
 def check_output(output: Path, is_file: bool) -> None:
-    """Refuse, before the training, what cannot be written, or would replace what this project did not write.
-
-    Raises InputError that names the file: the result, its folder, its record or its training state.
-    """
-    shown, folder = visible(output), beside(output, "") if is_file else output
-    if is_file and output.suffix != ".pt":
-        raise InputError(f"--output {shown}: give a file name that ends in .pt")
-    if folder.name in ("", ".", "..") or "\\" in output.name or not str(output).isprintable():
-        raise InputError(f"--output {shown}: give the name of a new {'file' if is_file else 'folder'}")
-    result = output if is_file else output / "lora_peft.json"
-    files = [beside(output, ".json"), output.with_name(f"{output.name}.state"), result]
-    with refusing(f"--output {shown}: cannot write there", "name another place"):
+    """Refuse, before the training, to write where it is impossible or replaces another's file."""
+    with refusing(f"--output {visible(output)}: cannot write there", "name another place"):
+        if is_file and output.suffix != ".pt":
+            raise ValueError("the name of a checkpoint ends in .pt")
+        folder, result = beside(output, ""), output
+        if not is_file:
+            folder, result = output, output / "lora_peft.json"
+        files = [beside(output, ".json"), output.with_name(f"{output.name}.state"), result]
+        strange = [path for path in files if os.path.lexists(path) and not is_ours(path)]
+        if os.path.lexists(folder):
+            is_free = folder.is_dir() and (result.exists() or not any(folder.iterdir()))
+            strange += [] if is_free else [folder]
+        if strange:
+            raise ValueError(f"{strange[0]} exists and is no result of this project")
         output.parent.mkdir(parents=True, exist_ok=True)
-        for path in files:
-            if (path.exists() or path.is_symlink()) and not is_ours(path):
-                raise InputError(
-                    f"--output: {path} exists and is no result of this project; name another place"
-                )
-        if folder.exists() and not (folder.is_dir() and (result.exists() or not any(folder.iterdir()))):
-            raise InputError(
-                f"--output: {folder} exists and is no result of this project; name another place"
-            )
-        for path in [*files[: 2 + is_file], *([folder / "tokenizer.json"] if folder.is_dir() else [])]:
+        for path in [*files[:2], folder / "config.json" if folder.is_dir() else folder]:
             probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
             probe.touch()
             probe.unlink()
@@ -1330,22 +1238,15 @@ def check_output(output: Path, is_file: bool) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether this file's content says that this project wrote it."""
-    try:
-        with refusing(f"{path}: not readable", "name another"):
-            found = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else read_tensors(path)
-            kinds = (
-                {"format", "state_dict"},
-                {"format", "trained"},
-                {"format", "base"},
-                {"settings", "epochs"},
-            )
-            return any(keys <= found.keys() for keys in kinds)
-    except InputError:
-        return False
+    with contextlib.suppress(InputError), refusing(path, "not readable"):
+        is_json = path.suffix == ".json"
+        found = json.loads(path.read_text("utf-8")) if is_json else read_tensors(path)
+        return "format" in found or {"settings", "loss_curve"} <= found.keys()
+    return False
 
 
-def prepare_machine(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type to compute in; sets threads and seed, and meets torchrun's other processes."""
+def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the type to compute in; sets threads and seed, meets torchrun's processes."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
@@ -1362,34 +1263,33 @@ def choose_device(name: str) -> torch.device:
     """--device as a device; auto takes CUDA where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of the frozen weights and of the arithmetic; LoRA, head, loss and optimiser stay float32."""
+    """The type of the frozen weights and of the arithmetic; what is trained stays float32."""
     if name == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a CUDA GPU; use fp32 or bf16 on the CPU")
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":  # bfloat16 since Ampere, before that float16
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    able = torch.cpu.get_capabilities()  # what the processor multiplies in bfloat16 by itself, if it does
-    bfloat16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if bfloat16 else torch.float32
+        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if is_new else torch.float16
+    able = torch.cpu.get_capabilities()  # what the processor multiplies in bfloat16 by itself
+    has_bfloat16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 # --- Mistakes ------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us: one line that names the value and the remedy."""
+    """A mistake of the user's, in one line that names the value and the remedy."""
 
 
 @contextlib.contextmanager
 def refusing(what: object, remedy: str) -> Iterator[None]:
-    """Whatever a file from outside makes impossible in here becomes one line: `what` (why); the remedy."""
+    """What a file from outside makes impossible in here becomes one line: `what` (why); `remedy`."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
@@ -1400,9 +1300,8 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an exception says, on one line; libraries often give the reason in their third."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = "" if type(error) is ValueError or isinstance(error, OSError) else type(error).__name__
-    return visible(": ".join(filter(None, [kind, " ".join(lines)])), 400)
+    return visible(f"{kind} {' '.join(str(error).split())}".strip(), 400)
 
 
 def visible(value: object, width: int = 200) -> str:
@@ -1412,11 +1311,10 @@ def visible(value: object, width: int = 200) -> str:
     return shown if len(text) <= width else shown[: width - 1] + "…"
 
 
-def listed(values: Sequence, most: int = 20) -> str:
+def listed(values: list, most: int = 20) -> str:
     """Values in words, as many as a line can take."""
-    shown = [visible(value, 40) for value in values[:most]]
-    more = [f"… ({len(values):,} in all)"] if len(values) > most else []
-    return ", ".join(shown + more)
+    shown = ", ".join(visible(value, 40) for value in values[:most])
+    return shown if len(values) <= most else f"{shown}, … ({len(values):,} in all)"
 
 
 def note(text: str) -> None:
@@ -1426,32 +1324,27 @@ def note(text: str) -> None:
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - where it is closed, as with >&-
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    with contextlib.suppress(AttributeError):  # a notebook's has no encoding
+    with contextlib.suppress(AttributeError):  # a notebook's stream takes every character
         sys.stdout.reconfigure(errors="replace")
-    quiet = (
-        dist.is_torchelastic_launched() and os.environ.get("RANK", "0") != "0"
-    )  # the first process speaks
+    is_first = not dist.is_torchelastic_launched() or os.environ.get("RANK") == "0"
     try:
-        with contextlib.redirect_stdout(None if quiet else sys.stdout):
+        with contextlib.redirect_stdout(sys.stdout if is_first else None):
             code = main()
-            if sys.stdout:
-                sys.stdout.flush()
+            print(end="", flush=True)
         sys.exit(code)
     except KeyboardInterrupt:  # before or after the training: nothing is to be saved
         sys.exit(130)
-    except BrokenPipeError:  # a reader that has enough, as in `| head`; Python flushes once more at the end
+    except BrokenPipeError:  # a reader that has enough, as `| head`; Python flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except InputError as error:
         mistake = error
     except (MemoryError, torch.OutOfMemoryError):
         mistake = "the memory is full; lower --batch-size or --max-length, or use less data"
-    except OSError as error:  # a folder without rights, a full disk, a current folder that is gone
-        mistake = (
-            f"{error.filename or 'this machine'}: {error.strerror or reason(error)}; name another place"
-        )
+    except OSError as error:  # a folder without rights, a full disk, a folder that is gone
+        mistake = f"{error.filename or 'this machine'}: {reason(error)}; name another place"
     print("error:", visible(mistake, 2000), file=sys.stderr)
     sys.exit(2)
 
@@ -1460,11 +1353,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make a base model quick, with or without LoRA in it; the answers stay the same but for rounding.
+    """Make a model quick, with or without LoRA in it: the same answers, but for rounding. Returns it.
 
-    The frozen weights are held in the type that is computed in: autocast would cast them at every step.
-    The last layer computes [CLS] alone, dropout masks are cheap, and oneDNN multiplies on AMD. Returns
-    the model.
+    Its frozen weights are held in the type that is computed in (autocast would cast them at every step),
+    its last layer computes [CLS] alone, dropout masks are cheap, and on AMD oneDNN multiplies.
     """
     for name, parameter in base.model.named_parameters():
         if name not in base.head and not any(part in name for part in ("lora_", "modules_to_save")):
@@ -1492,26 +1384,25 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 
 def compute_cls_only(model: nn.Module) -> None:
-    """Let the last layer compute [CLS] alone, all that the head reads: 14 % less work for DistilBERT.
+    """Let the last layer compute [CLS] alone, all that the head reads: 14 % less work.
 
-    With BERT, RoBERTa, ELECTRA and MPNet this begins after attention: two thirds of the layer's weights.
-    The logits change by rounding only (under 1e-6): keys and values still come from every token.
-    Does nothing to a model whose last layer is of another kind.
+    For DistilBERT; with BERT, RoBERTa, ELECTRA and MPNet it begins after attention. The logits
+    change by rounding only (under 1e-6): keys and values still come from every token.
     """
     config = model.config
     if config.model_type in ("bert", "roberta", "electra", "mpnet") and config.num_hidden_layers:
-        if not getattr(config, "chunk_size_feed_forward", 0):  # else the layer wants a multiple of it
+        if not getattr(config, "chunk_size_feed_forward", 0):  # else it wants a multiple of it
             attention = model.base_model.encoder.layer[-1].attention
-            attention.register_forward_hook(lambda _, inputs, output: (output[0][:, :1], *output[1:]))
+            attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
         return
-    blocks = [module for module in model.modules() if type(module).__name__ == "TransformerBlock"]
+    blocks = [m for m in model.modules() if type(m).__name__ == "TransformerBlock"]
     is_plain = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
     if config.model_type != "distilbert" or not blocks or not is_plain:
         return
     block, attention = blocks[-1], blocks[-1].attention
 
-    def by_head(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head size)
+    def by_head(x: Tensor) -> Tensor:  # (batch, heads, tokens, head size)
+        return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
 
     def forward(hidden: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
         cls = hidden[:, :1]  # (batch, 1, dim)
@@ -1519,8 +1410,8 @@ def compute_cls_only(model: nn.Module) -> None:
         key = by_head(attention.k_lin(hidden))
         value = by_head(attention.v_lin(hidden))
         mask = None if attention_mask is None else attention_mask[:, :, :1]
-        dropout = attention.dropout.p if block.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        rate = attention.dropout.p if block.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
         mixed = attention.out_lin(mixed.transpose(1, 2).flatten(2))
         cls = block.sa_layer_norm(mixed + cls)
         return block.output_layer_norm(block.ffn(cls) + cls)
@@ -1529,22 +1420,23 @@ def compute_cls_only(model: nn.Module) -> None:
 
 
 class CheapDropout(nn.Dropout):
-    """Dropout from 16 random bits an element; PyTorch's own draws cost up to a third of a step on a CPU.
+    """Dropout on a CPU from 16 random bits an element: PyTorch's draws take up to a third of a step.
 
-    The rate is met to 1/131,072. Elsewhere than on a CPU it is PyTorch's.
+    The rate is met to 1/131,072.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or not 0 < self.p <= 0.99:
             return super().forward(x)
-        draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # 64 bits each
-        draws = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform from -32,768 to 32,767
-        kept = torch.ge(draws, round(65_536 * self.p) - 32_768, out=torch.empty_like(x))  # 0 or 1
+        draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+        draws = draws.random_(-(2**63), None).view(torch.int16)  # uniform from -32,768 to 32,767
+        draws, least = draws[: x.numel()].view(x.shape), round(65_536 * self.p) - 32_768
+        kept = torch.ge(draws, least, out=torch.empty_like(x))  # 0 or 1
         return x * kept.div_(1 - self.p)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (rows, in) → x Wᵀ + b (rows, out) in float32 by oneDNN; W (out, in) and b get no gradient."""
+    """x (rows, in) → x Wᵀ + b (rows, out) by oneDNN; W (out, in) and b get no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -1554,17 +1446,15 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        product = torch.ops.mkldnn._linear_pointwise(
-            gradient.contiguous(), weight.t(), None, "none", [], ""
-        )
-        return product, None, None  # (rows, in)
+        gradient, weight = gradient.contiguous(), weight.t()
+        x = torch.ops.mkldnn._linear_pointwise(gradient, weight, None, "none", [], "")
+        return x, None, None  # (rows, in)
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that lets oneDNN multiply wherever its weight is not trained, in float32 on the CPU.
+    """A linear layer whose float32 products oneDNN computes, where its weight is not trained.
 
-    PyTorch gives float32 products to MKL, which leaves AVX512 unused on AMD's processors: with oneDNN 1.6
-    times as many sentences a second. Products in bfloat16 go there by themselves.
+    PyTorch gives them to MKL, which leaves AVX512 unused on AMD: 1.6 times as many sentences/s.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1573,7 +1463,7 @@ class OneDNNLinear(nn.Linear):
         if is_trained or types != {torch.float32, "cpu"} or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = FrozenProduct.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return rows.view(*x.shape[:-1], self.out_features)  # made out here, so it may be changed in place
+        return rows.view(*x.shape[:-1], self.out_features)  # made here: may be changed in place
 
 
 if __name__ == "__main__":
