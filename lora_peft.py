@@ -22,39 +22,14 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from lora_scratch import (
-    FORMAT,
-    Base,
-    InputError,
-    TrainingState,
-    adapter_facts,
-    calibrate,
-    check_facts,
-    check_output,
-    choose_recipe,
-    copy_all,
-    describe,
-    evaluate,
-    find_targets,
-    find_trained_base,
-    finish,
-    last_name,
-    load_base,
-    load_checkpoint,
-    load_tables,
-    make_parser,
-    parse_flags,
-    predict,
-    prepare_machine,
-    refusing,
-    run,
-    save_checkpoint,
-    speed_up,
-    tensors_to_save,
-    tokenize,
-    train,
-    write_folder,
-)
+# isort: off
+# Before PyTorch: it sets how its threads wait.
+from lora_scratch import FORMAT, Base, InputError, TrainingState, adapter_facts, calibrate, check_facts
+from lora_scratch import check_output, choose_recipe, copy_all, describe, evaluate, find_targets
+from lora_scratch import find_trained_base, finish, last_name, load_base, load_checkpoint, load_tables
+from lora_scratch import make_parser, parse_flags, predict, prepare_machine, refusing, run, tokenize
+from lora_scratch import save_checkpoint, speed_up, tensors_to_save, train, write_folder
+# isort: on
 
 import peft
 from torch import Tensor
@@ -68,11 +43,11 @@ MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "peft_ver
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
-    """PEFT's configuration for the same adapter. The head is named whole: PEFT's guess matches by suffix."""
+    """PEFT's configuration for the same adapter; the head is named whole, as PEFT matches by suffix."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
-    paths = [path for path, _ in base.model.named_modules()]
-    namesakes = [path for path in paths if last_name(path) in facts["targets"] and path not in head_layers]
+    paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
+    namesakes = [path for path in paths if last_name(path) in facts["targets"]]
     return peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         base_model_name_or_path=facts["base"],
@@ -82,28 +57,17 @@ def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraCon
         lora_dropout=facts["dropout"],
         use_rslora=facts["use_rslora"],
         use_dora=use_dora,
-        target_modules=facts["targets"] if namesakes == wrapped else wrapped,  # no layer of another kind
+        target_modules=facts["targets"] if namesakes == wrapped else wrapped,  # all of them linear
         exclude_modules=head_layers,  # a target such as BERT's "dense" must not reach into the head
-        modules_to_save=outermost(base),  # trained and saved in full; frozen below, saved all the same
+        modules_to_save=sorted({re.match(r".*\.pooler|[^.]+", name)[0] for name in base.head}),
     )
 
 
-def outermost(base: Base) -> list[str]:
-    """The largest modules with nothing but the head in them: PEFT wraps each, and may not wrap within one."""
-    names, modules = [name for name, _ in base.model.named_parameters()], set()
-    for name in base.head:
-        parts = name.split(".")
-        for path in (".".join(parts[:length]) for length in range(1, len(parts))):
-            if all(name in base.head for name in names if name.startswith(f"{path}.")):
-                modules.add(path)
-                break
-    return sorted(modules)
-
-
 def wrap(base: Base, config: peft.LoraConfig, train_head: bool = True) -> peft.PeftModel:
-    """The base with PEFT's adapter in it."""
-    # The base may have moved, which is checked; PEFT 0.21 asks transformers 5 for an attribute's former name.
-    warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed", UserWarning)
+    """PEFT's model around the base, into which it has put its layers."""
+    # The base may have moved; PEFT 0.21 asks transformers 5 for an attribute's former name.
+    renamed = "The PEFT config's `base_model_name_or_path` was renamed"
+    warnings.filterwarnings("ignore", renamed, UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     model = peft.get_peft_model(base.model, config)
     for name, parameter in model.named_parameters():
@@ -113,14 +77,10 @@ def wrap(base: Base, config: peft.LoraConfig, train_head: bool = True) -> peft.P
 
 
 def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's tensors under the names of lora_scratch.py, without its spare copy of the untrained head."""
-    return {own_name(name): tensor for name, tensor in named.items() if ".original_module." not in name}
-
-
-def own_name(name: str) -> str:
-    """base_model.model.X.q_lin.lora_A.default.weight → X.q_lin.lora_A, and likewise for head and base."""
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
-    return re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name)
+    """The tensors by lora_scratch.py's names: X.lora_A.default.weight is X.lora_A, and so the head."""
+    spared = {name: tensor for name, tensor in named.items() if ".original_module." not in name}
+    head = {name.replace(".modules_to_save.default.", "."): t for name, t in spared.items()}
+    return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name): t for name, t in head.items()}
 
 
 # === The run ====================================================================================
@@ -185,36 +145,36 @@ def digest_of(folder: Path) -> str:
 
 
 def load_adapter(folder: str | Path, base_name: str | None = None, merge=False, load=load_base):
-    """Rebuild a trained model in float32, on the CPU: (Base, facts) of an adapter folder of this script.
+    """(Base, facts) of an adapter folder of this script: the trained model in float32, on the CPU.
 
-    The model of the Base has PEFT's layers in it, or is the plain merged one where `merge`. `base_name`
-    says where the base is if it has moved, and `load` how to get it; a base that others share must not be
-    merged, which writes into it. Raises InputError for a folder that is no adapter, for another base, for
-    settings that this project does not write, and for tensors missing, left over or not finite.
+    It has PEFT's layers in it, or is the plain merged one where `merge`. `base_name` says where the
+    base is if it has moved, and `load` how to get it; one that others share must not be merged.
+    Raises InputError for a folder that is no adapter, for another base, for settings that this
+    project does not write, and for tensors that do not fit.
     """
     folder = Path(folder)
-    with refusing(f"{folder}: not an adapter folder of lora_peft.py, or damaged", "train or copy it again"):
+    with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         found = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.load_peft_weights(str(folder), device="cpu")
         if facts.get("tensors", digest_of(folder)) != digest_of(folder):
-            raise ValueError(f"{FACTS_FILE} was written with other tensors, by a run that was interrupted")
+            raise ValueError("a run was interrupted while it saved these tensors")
         check_facts(facts, tensors)
         base = find_trained_base(facts, base_name, load)
         config = make_config(base, facts, getattr(found, "use_dora", None) is True)
         settings, wanted = plain(found), plain(config)
         for key in wanted.keys() - MAY_DIFFER:
             if settings.get(key) != wanted[key]:
-                raise ValueError(f"{key}={settings.get(key)!r} in adapter_config.json is not supported")
+                raise ValueError(f"{key}={settings.get(key)!r} is not supported; use PEFT itself")
         adapter = wrap(base, config)
         copy_all(tensors, peft.get_peft_model_state_dict(adapter))
     return replace(base, model=(adapter.merge_and_unload() if merge else base.model).eval()), facts
 
 
 def plain(config: peft.PeftConfig) -> dict:
-    """PEFT's settings with sets and lists in one order."""
-    settings = config.to_dict()
-    return {k: sorted(map(str, v)) if isinstance(v, (set, list)) else v for k, v in settings.items()}
+    """PEFT's settings, with sets and lists in one order."""
+    ordered = {k: sorted(map(str, v)) for k, v in vars(config).items() if isinstance(v, (set, list))}
+    return config.to_dict() | ordered
 
 
 # === Conversion =================================================================================

@@ -373,13 +373,20 @@ def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Ba
 
 def use_cache_if_offline() -> None:
     """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute."""
+    from threading import Event, Thread
+
     from huggingface_hub import constants, get_session
 
-    if not constants.HF_HUB_OFFLINE:
-        try:
+    answered = Event()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # no network, no such name, a captive portal
             get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception:  # no network, no such name, a captive portal
-            constants.HF_HUB_OFFLINE = True
+            answered.set()
+
+    if not constants.HF_HUB_OFFLINE:
+        Thread(target=ask, daemon=True).start()  # to look up a name obeys no timeout
+        constants.HF_HUB_OFFLINE = not answered.wait(5)
 
 
 def last_name(path: str) -> str:
@@ -506,11 +513,13 @@ def read_file(path: Path) -> DataFrame:
             text, _ = read_text(path)
             lines = [line for line in text.split("\n") if line.strip()]
             is_array = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_array else map(json.loads, lines)
+            rows = json.loads(text) if is_array else [json.loads(line) for line in lines]
+            json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
             table = pandas.DataFrame([row | {} for row in rows], dtype=object)
-            str(table.to_dict()).encode()  # half characters are no text
-        else:
+        elif suffix in FORMATS:
             table = read_csv(path)
+        else:
+            raise ValueError("no table")
         header = [str(name) for name in table.columns]
         names = [name.strip() for name in header]
         table.columns = [f"{n}.{i}" if n in names[:i] else n for i, n in enumerate(names)]
@@ -664,12 +673,14 @@ def number_labels(args: Namespace, train, validation, class_names) -> tuple[list
     """The labels in the order of their numbers, and their names; whole numbers go by value."""
     found, every = {*train}, {*train, *validation}
     are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in every)
+    are_scores = all(re.fullmatch(r"-?\d{1,18}(\.\d+)?", label) for label in every)
     order = (lambda label: (int(label), label)) if are_numbers else str
     labels = class_names or sorted(found, key=order)
     names, unknown = args.label_names or labels, listed(sorted(every.difference(labels)))
     for is_wrong, what in (
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} in {len(train):,} rows"),
         (len(labels) < 2, f"{labels[0]!r} is the only one"),
+        (are_scores and not are_numbers, f"{listed(sorted(every), 3)} are not whole numbers"),
         (unknown, f"{unknown} is not one of the training's {listed(labels)}"),
         (names != labels and not (are_numbers or class_names), f"{listed(labels)} are names"),
         (not len(labels) == len(names) == len({*names}), f"{listed(names)} for {listed(labels)}"),
@@ -746,10 +757,7 @@ def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def copy_all(source: dict, target: dict) -> None:
-    """Copy tensors into those of the same name: a file can only fill what is here already.
-
-    Raises ValueError unless they are the same ones, of the same shapes and types, and finite.
-    """
+    """Copy tensors into those of the same name: a file can only fill what is here already."""
     for key in source.keys() ^ target.keys():
         raise ValueError(f"{visible(key)} is {'missing' if key in target else 'not expected'}")
     for key, tensor in target.items():
@@ -792,9 +800,8 @@ def write_folder(path: Path, write: Callable[[Path], object], last: str = "") ->
 class TrainingState:
     """The course of a training: its progress as it is printed, and a file for --resume.
 
-    The file holds what is trained, the optimiser's moments, the scaler, the random generators,
-    losses and epochs so far, and the settings that have to be the same again. Seed, epoch and step
-    decide the order of the sentences and the learning rate.
+    The file holds what is trained, the optimiser's moments, scaler, random generators, losses and
+    epochs so far, and the settings that have to be the same. Seed and step decide the rest.
     """
 
     MAY_DIFFER = ("model", "revision", "dataset", "dataset_config", "text_column", "label_column")
@@ -840,8 +847,7 @@ class TrainingState:
                 if (then := state["settings"][key]) != now:
                     raise ValueError(f"{key} was {visible(then, 60)}, is now {visible(now, 60)}")
             done, epochs, total = int(state["done"]), json.loads(state["epochs"]), len(self.losses)
-            ended = done / self.steps_per_epoch
-            ended = math.ceil(ended) if done == total else math.floor(ended)
+            ended = math.ceil(done / self.steps_per_epoch) if done == total else done // self.steps_per_epoch
             if not 0 < done <= total or len(epochs) != ended:
                 raise ValueError(f"{len(epochs)} epochs in {done} steps")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
@@ -952,12 +958,9 @@ def share_gradients(model: nn.Module, seed: int) -> nn.Module:
 
 
 def own_share(batch: list[int]) -> tuple[list[int], float]:
-    """This process's part of a batch, and the factor that makes the mean over all the batch's.
-
-    Of a short batch a process may get nothing: it computes the first sentence, with weight 0.
-    """
+    """This process's part of a batch, and the factor that makes the mean over all the batch's."""
     rank, ranks = rank_and_size()
-    share = batch[rank::ranks]
+    share = batch[rank::ranks]  # of a short batch perhaps nothing: then a sentence with weight 0
     return share or batch[:1], ranks / len(batch) if share else 0.0
 
 
@@ -987,20 +990,17 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     ):
         share = 100 * counts[part] / (sum(counts.values()) - counts["trained"])
         print(f"{part:12}{counts[part]:>12,} {share:6.2f} %  {what}")
-    capability = torch.backends.cpu.get_cpu_capability()
-    hardware = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if parameter.is_cuda:
         hardware = torch.cuda.get_device_name()
-    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    versions["python"], precision = platform.python_version(), str(dtype).removeprefix("torch.")
+    hardware = f"{hardware}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions["transformers"], precision = transformers.__version__, str(dtype).removeprefix("torch.")
     shown = ", ".join(map(" ".join, versions.items()))
     print(f"{'machine':12}{hardware}, {precision}; {shown}", flush=True)
     record = {"format": FORMAT, "settings": json.loads(json.dumps(vars(args), default=str))}
     record |= {"versions": versions, "hardware": hardware, "precision": precision}
     return record | {"parameters": counts, "epochs": []}
-
-
-LEAST_HELD_OUT = 10  # sentences that a temperature is fitted on
 
 
 def calibrate(model: nn.Module, sentences: Tokens) -> float:
@@ -1012,11 +1012,8 @@ def calibrate(model: nn.Module, sentences: Tokens) -> float:
     modules = [m for name, m in model.named_modules() if "original_module" not in name]  # PEFT's
     outputs = model.config.num_labels
     layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
-    if not layer.weight.requires_grad:
-        return 1.0
-    if len(sentences) < LEAST_HELD_OUT:
-        what = f"not fitted: {LEAST_HELD_OUT} validation sentences are needed"
-        print(f"{'temperature':12}{what}, so the percentages may be far too sure")
+    if len(sentences) < 10 or not layer.weight.requires_grad:
+        print(f"{'temperature':12}not fitted: percentages may be far too sure")
         return 1.0
     logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
     temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
@@ -1033,10 +1030,7 @@ def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
 
 
 def score(confusion: Tensor) -> dict:
-    """Accuracy in percent, its 95 % interval (Wilson, 1927), macro-F1, and the first in words.
-
-    macro_f1 is the mean F1 over all labels that were given or answered, as in scikit-learn.
-    """
+    """Accuracy in percent, its 95 % interval (Wilson, 1927), and macro-F1, as in scikit-learn."""
     correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964  # of the normal
     accuracy, both = 100 * correct / total, confusion.sum(dim=0) + confusion.sum(dim=1)
     middle = (correct + z * z / 2) / (total + z * z)
@@ -1052,10 +1046,7 @@ def score(confusion: Tensor) -> dict:
 
 
 def report_labels(confusion: Tensor, label_names: list[str]) -> str:
-    """Precision, recall and F1 of each label in percent, - where undefined; below, the score.
-
-    Of up to 10 labels also how often each (row) was answered with each (column).
-    """
+    """Precision, recall and F1 of each label in percent, how often it was answered, and the score."""
     import pandas
 
     names = [visible(" ".join(name.split()), 20) for name in label_names]
@@ -1249,33 +1240,26 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and the type to compute in; sets threads and seed, meets torchrun's processes."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    dtype = choose_precision(args.precision, device)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.device not in ("auto", device.type):
+        raise InputError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    if args.precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a CUDA GPU; use fp32 or bf16 on the CPU")
     if dist.is_torchelastic_launched():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
-    return device, dtype
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return device, types.get(args.precision) or choose_precision(device)
 
 
-def choose_device(name: str) -> torch.device:
-    """--device as a device; auto takes CUDA where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of the frozen weights and of the arithmetic; what is trained stays float32."""
-    if name == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16 needs a CUDA GPU; use fp32 or bf16 on the CPU")
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+def choose_precision(device: torch.device) -> torch.dtype:
+    """The type in which a machine multiplies by itself; what is trained stays float32."""
     if device.type == "cuda":  # bfloat16 since Ampere, before that float16
         is_new = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if is_new else torch.float16
-    able = torch.cpu.get_capabilities()  # what the processor multiplies in bfloat16 by itself
+    able = torch.cpu.get_capabilities()
     has_bfloat16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
@@ -1299,7 +1283,7 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line; libraries often give the reason in their third."""
+    """What an exception says, on one line."""
     kind = "" if type(error) is ValueError or isinstance(error, OSError) else type(error).__name__
     return visible(f"{kind} {' '.join(str(error).split())}".strip(), 400)
 
@@ -1386,8 +1370,8 @@ def autocast(model: nn.Module) -> torch.autocast:
 def compute_cls_only(model: nn.Module) -> None:
     """Let the last layer compute [CLS] alone, all that the head reads: 14 % less work.
 
-    For DistilBERT; with BERT, RoBERTa, ELECTRA and MPNet it begins after attention. The logits
-    change by rounding only (under 1e-6): keys and values still come from every token.
+    In BERT, RoBERTa, ELECTRA and MPNet after attention, in DistilBERT also the query. The logits
+    change by rounding only (under 1e-6).
     """
     config = model.config
     if config.model_type in ("bert", "roberta", "electra", "mpnet") and config.num_hidden_layers:
@@ -1420,10 +1404,7 @@ def compute_cls_only(model: nn.Module) -> None:
 
 
 class CheapDropout(nn.Dropout):
-    """Dropout on a CPU from 16 random bits an element: PyTorch's draws take up to a third of a step.
-
-    The rate is met to 1/131,072.
-    """
+    """Dropout on a CPU, its rate met to 1/131,072: PyTorch's draws take up to a third of a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or not 0 < self.p <= 0.99:
