@@ -7,7 +7,6 @@ it learn a correction of rank r:
 
 B starts at zero, so training starts from exactly the pretrained encoder. Only A, B and the
 classification head are saved: 3 MB instead of 268. Merged, W + (alpha / r) · B A is a plain layer.
-
 Down to the line PLUMBING this is the whole idea, from the inside out; what a tool needs is below.
 
     python lora_scratch.py                      # DistilBERT on SST-2
@@ -27,7 +26,6 @@ import re
 import signal
 import sys
 import time
-import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,9 +198,8 @@ def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
 def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
     """Logits (sentences, labels) in float32, in the order given; batched by length inside."""
     model.eval()
-    logits = torch.zeros(len(sentences), model.config.num_labels)  # where another process answers: zero
-    rank, ranks = rank_and_size()
-    for batch in make_batches(sentences.lengths, batch_size)[rank::ranks]:
+    logits = torch.zeros(len(sentences), model.config.num_labels)  # zero where another process answers
+    for batch in own_part(make_batches(sentences.lengths, batch_size)):
         with autocast(model):
             logits[batch] = model(**collate(sentences, batch, model)).logits.float().cpu()
     return sum_over_processes(logits.to(model.device)).cpu()
@@ -610,7 +607,9 @@ def looks_like(what: str, column) -> bool:
 
 def is_blank(text: str) -> bool:
     """Whether there is nothing to read: white space and characters without a width."""
-    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
+    from unicodedata import category
+
+    return all(c.isspace() or category(c) == "Cf" for c in text)
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
@@ -836,7 +835,9 @@ class TrainingState:
         elif self.args.resume:
             print(f"no training state {self.path} yet: starting from the beginning")
         self.epoch_start, self.clock = self.done, time.perf_counter()
-        self.bar = tqdm(total=total_steps, initial=self.done, disable=not on_terminal())
+        is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()  # it keeps all states
+        is_silent = bool(is_notebook or rank_and_size()[0]) or None  # None: except on a terminal
+        self.bar = tqdm(total=total_steps, initial=self.done, disable=is_silent)
         return self.done
 
     def load(self) -> None:
@@ -864,9 +865,8 @@ class TrainingState:
         self.done = done
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
         state |= {"epochs": json.dumps(self.record["epochs"]), "scaler": self.scaler.state_dict()}
-        state["generators"] = [torch.get_rng_state()]  # of the CPU, and of this process's GPU
-        if torch.cuda.is_initialized():
-            state["generators"].append(torch.cuda.get_rng_state())
+        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        state["generators"] = [torch.get_rng_state(), *gpu]
         if rank_and_size()[0] == 0:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
@@ -935,12 +935,6 @@ class TrainingState:
         return rank == 0 and not self.stopped
 
 
-def on_terminal() -> bool:
-    """Whether a bar can be redrawn in place: a notebook or a log would keep every state of it."""
-    is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
-    return sys.stderr.isatty() and not is_notebook and rank_and_size()[0] == 0
-
-
 # --- Several processes ---------------------------------------------------------------------------
 
 
@@ -957,11 +951,15 @@ def share_gradients(model: nn.Module, seed: int) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
 
+def own_part(whole: list) -> list:
+    rank, ranks = rank_and_size()
+    return whole[rank::ranks]
+
+
 def own_share(batch: list[int]) -> tuple[list[int], float]:
     """This process's part of a batch, and the factor that makes the mean over all the batch's."""
-    rank, ranks = rank_and_size()
-    share = batch[rank::ranks]  # of a short batch perhaps nothing: then a sentence with weight 0
-    return share or batch[:1], ranks / len(batch) if share else 0.0
+    share = own_part(batch)  # of a short batch perhaps nothing: then a sentence with weight 0
+    return share or batch[:1], rank_and_size()[1] / len(batch) if share else 0.0
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:
@@ -1113,8 +1111,8 @@ class Parser(ArgumentParser):
 
 def make_parser(description: str, output: str) -> ArgumentParser:
     """The flags of both training scripts; `output` is where results go, {} the name of the data."""
-    layout = RawDescriptionHelpFormatter
-    parser = Parser(description=description, usage="%(prog)s [options]", formatter_class=layout)
+    layout = {"usage": "%(prog)s [options]", "formatter_class": RawDescriptionHelpFormatter}
+    parser = Parser(description=description, **layout)
     parser.output = output
     name, number, real = {"metavar": "NAME"}, {"type": int}, {"type": float}
     add = parser.add_argument_group("model and data").add_argument
