@@ -330,9 +330,6 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     return Base(model, tokenizer, head, identity, revision)
 
 
-ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-
-
 @torch.inference_mode()
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
     """By what a base is recognised: digests of weights and words, and an answer.
@@ -350,8 +347,7 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length:
     model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read that?
     answer = model.base_model(torch.tensor(words[1])[:, : min(16, max_length)])[0]
     words = sha256(json.dumps(words).encode()).hexdigest()
-    identity = {"fingerprint": digest.hexdigest(), "tokenizer": words}
-    return identity | {"answer": answer[0, 0, :8].tolist()}
+    return {"fingerprint": digest.hexdigest(), "tokenizer": words, "answer": answer[0, 0, :8].tolist()}
 
 
 def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Base]) -> Base:
@@ -360,7 +356,7 @@ def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Ba
     revision = None if base_name else facts["revision"]
     base = load(name, revision, facts["label_names"], facts["max_length"])
     now = base.identity
-    then = now | {key: facts[key] for key in now if key in facts}  # old files have less
+    then = now | facts  # old files have no answer
     differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
     if differs or not numpy.allclose(then["answer"], now["answer"], rtol=0, atol=1e-4):
         what = f"{name!r} is another base model than {facts['base']!r} was in training"
@@ -370,20 +366,21 @@ def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Ba
 
 def use_cache_if_offline() -> None:
     """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute."""
-    from threading import Event, Thread
+    from threading import Thread
 
     from huggingface_hub import constants, get_session
 
-    answered = Event()
+    answers = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # no network, no such name, a captive portal
-            get_session().head(constants.ENDPOINT, timeout=5)
-            answered.set()
+            answers.append(get_session().head(constants.ENDPOINT, timeout=5))
 
     if not constants.HF_HUB_OFFLINE:
-        Thread(target=ask, daemon=True).start()  # to look up a name obeys no timeout
-        constants.HF_HUB_OFFLINE = not answered.wait(5)
+        thread = Thread(target=ask, daemon=True)  # to look up a name obeys no timeout
+        thread.start()
+        thread.join(5)
+        constants.HF_HUB_OFFLINE = not answers
 
 
 def last_name(path: str) -> str:
@@ -464,7 +461,8 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
-        return load_data_set(args, is_saved)
+        data = load_data_set(args, is_saved)
+        return {SPLITS[name]: as_frame(table) for name, table in data.items()}
     for folder in (path / (args.dataset_config or "."), path, path / "data"):  # as the Hub's
         for file in [] if files else sorted(folder.glob("*")):
             stem = file.stem.lower().partition("-")[0]  # train-00000-of-00002.parquet
@@ -478,8 +476,8 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     return {split: pandas.concat(parts, ignore_index=True) for split, parts in tables.items()}
 
 
-def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
-    """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
+def load_data_set(args: Namespace, is_saved: bool) -> dict:
+    """The Arrow tables of a data set of the Hub, or of a folder that save_to_disk wrote."""
     if not is_saved:
         use_cache_if_offline()
     import datasets  # after the Hub was asked, whose answer it copies
@@ -493,8 +491,7 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
             pinned = GLUE[2] if args.dataset == GLUE[0] else None
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=pinned)
         data = {"train": data} if isinstance(data, datasets.Dataset) else data
-        known = {SPLITS[name]: data[name] for name in data if name in SPLITS}
-        return {split: as_frame(part.with_format("arrow")[:]) for split, part in known.items()}
+        return {name: data[name].with_format("arrow")[:] for name in data if name in SPLITS}
 
 
 def read_file(path: Path) -> DataFrame:
@@ -717,10 +714,9 @@ def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable)
 
 
 def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
-    """Rebuild the trained model in float32, on the CPU, from a checkpoint and its base model.
+    """The trained model in float32, on the CPU, and its facts; `base_name` says where its base is now.
 
-    `base_name` says where the base is if it has moved, and `load` how to get it. Raises InputError
-    for a file that is no checkpoint, for another base, and for tensors that do not fit it.
+    Raises InputError for a file that is no checkpoint, another base, or tensors that do not fit.
     """
     checkpoint = read_tensors(path)
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
@@ -745,9 +741,13 @@ def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError unless the facts are of our format, in range and true of the tensors."""
     names, r = facts["label_names"], facts["r"]
     ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
-    texts = [facts["base"], *names, *facts["targets"]]
+    texts = [facts["base"], facts["fingerprint"], *names, *facts["targets"]]
     is_right = facts["format"] == FORMAT and ranks == {r} and isinstance(names, list)
-    if not is_right or not all(isinstance(text, str) for text in texts):
+    if (
+        not is_right
+        or not len({*names}) == len(names) > 1
+        or not all(isinstance(text, str) for text in texts)
+    ):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
     for key in ("alpha", "dropout", "max_length"):
         if not RANGES[key][0] <= facts[key] <= RANGES[key][1]:
@@ -803,15 +803,14 @@ class TrainingState:
     epochs so far, and the settings that have to be the same. Seed and step decide the rest.
     """
 
-    MAY_DIFFER = ("model", "revision", "dataset", "dataset_config", "text_column", "label_column")
-    MAY_DIFFER += ("train_samples", "recipe", "demo", "device", "threads", "log_every", "save_every")
-    MAY_DIFFER += ("resume", "output", "import_scratch", "export_scratch")  # data: see digests
+    MUST_MATCH = ("epochs", "max_steps", "batch_size", "lr", "warmup", "weight_decay", "max_grad_norm")
+    MUST_MATCH += ("seed", "max_length", "freeze_head", "use_dora")  # and data, base and adapter
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
         self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
         self.path = args.output.with_name(f"{args.output.name}.state")
-        settings = {key: value for key, value in vars(args).items() if key not in self.MAY_DIFFER}
-        settings |= {key: facts[key] for key in ("label_names", "fingerprint", "tokenizer")}
+        settings = {key: getattr(args, key, None) for key in self.MUST_MATCH}
+        settings |= {key: facts[key] for key in (*LORA_FACTS, "label_names", "fingerprint", "tokenizer")}
         for name, part in zip(("training data", "validation data"), sets, strict=True):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             settings[name] = sha256(numbers).hexdigest()
@@ -1097,10 +1096,11 @@ RECIPES = {  # what becomes of flags that are not given: see tests/figures/resul
 LEAST_STEPS = 400  # but for "published": fewer rows are seen more often
 MANY_LABELS = 20  # but for "published": from there on the rate is doubled
 RANGES = {"r": (1, 65_536), "alpha": (0, 1e6), "dropout": (0, 0.99), "max_length": (3, 10**6)}
-RANGES |= {"epochs": (1, 10**6), "max_steps": (1, 10**8), "train_samples": (1, 10**9)}
+RANGES |= {"epochs": (1, 10**4), "max_steps": (1, 10**8), "train_samples": (1, 10**9)}
 RANGES |= {"batch_size": (1, 10**6), "log_every": (1, 10**8), "save_every": (1, 10**8)}
 RANGES |= {"lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
 RANGES |= {"seed": (0, 2**32 - 1), "threads": (1, 1024)}
+ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
 WITHOUT_HUB = "name a folder; or ./setup.sh --demo, then python lora_scratch.py --demo"
 
 
@@ -1167,8 +1167,6 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     for key, name in (("model", DISTILBERT[0]), ("dataset", GLUE[0])):
         default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else name
         setattr(args, key, getattr(args, key) or default)
-    if args.model == DEMO["model"] and not Path(args.model).is_dir():
-        raise InputError(f"no base model in {args.model} yet; ./setup.sh --demo makes it")
     if args.model == DISTILBERT[0]:
         args.revision = args.revision or DISTILBERT[1]
     if args.dataset == GLUE[0]:
@@ -1197,9 +1195,8 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
         chosen.max_steps = chosen.max_steps or LEAST_STEPS
     targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
-    batch = f", batches of {chosen.batch_size}" if chosen.batch_size != 16 else ""
-    size = f"{rows:,} rows, {labels:,} labels"
-    print(f"{'recipe':12}{name}, {size}: {targets} layers, {chosen.lr:g}, {length}{batch}")
+    how = f"{targets} layers, {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
+    print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
 

@@ -1,10 +1,9 @@
-"""What the tests share: a tiny DistilBERT, a small data set, and the real ones where the environment names them.
+"""What the tests share: a tiny DistilBERT, a small data set, and the real ones where they are.
 
-    python -m pytest                 # the default set: no network, under two minutes on two cores
-    python -m pytest -m slow         # the long ones
-    LORA_TEST_SST2=FOLDER LORA_TEST_BASE=FOLDER python -m pytest    # and what needs real data and a real base
+    python -m pytest    # the default set: no network, two minutes on two cores; -m slow: the long ones
+    LORA_TEST_SST2=FOLDER LORA_TEST_BASE=FOLDER python -m pytest    # with real data and a real base
 
-LORA_TEST_SST2 is a folder with GLUE's train.tsv and dev.tsv, LORA_TEST_BASE one that tests/make_standin.py made.
+The folders: GLUE's train.tsv and dev.tsv, and a base of tests/bases/make_standin.py.
 """
 
 import contextlib
@@ -13,31 +12,43 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the Hub's libraries: no test asks it
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import lora_scratch
+from lora_scratch import InputError, Tokens, load_checkpoint, predict
+
 import datasets
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import lora_peft
-import lora_scratch
-import playground
-from lora_scratch import Tokens, load_checkpoint, predict
 
-GOOD = "a warm and funny film|one of the best of the year|it never bores|great acting and a clever script|I loved it"
-BAD = "a cold and dull film|one of the worst of the year|it never ends|poor acting and a lazy script|I hated it"
+GOOD = "a warm and funny film|one of the best of the year|it never bores"
+GOOD += "|great acting and a clever script|I loved it"
+BAD = "a cold and dull film|one of the worst of the year|it never ends"
+BAD += "|poor acting and a lazy script|I hated it"
 WORDS = sorted({word for text in (GOOD, BAD) for word in text.lower().replace("|", " ").split()})
-SENTENCES = Tokens.from_lists([[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3], [2, 3], [2, *range(5, 30), 3]])
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-SCRATCH, PEFT = map(str, playground.TRAINED)
+TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "intermediate_size": 64}
+SCRATCH, PEFT = "model/lora_scratch_distilbert_sst2.pt", "model/lora_peft_distilbert_sst2"
+SCRIPTS = pytest.mark.parametrize("script", [lora_scratch, lora_peft], ids=lambda s: s.__name__)
+
+
+def as_tokens(rows: list[list[int]], labels: list[int] | None = None) -> Tokens:
+    """Sentences of these token numbers."""
+    ids = [numpy.array(row, dtype=numpy.int32) for row in rows]
+    return Tokens(ids, torch.tensor(labels or [0] * len(ids)))
+
+
+SENTENCES = as_tokens([[2, 7, 8, 9, 3], [2, 5, 3], [2, 20, 11, 6, 14, 9, 30, 3], [2, 3], [*range(2, 30), 3]])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,17 +69,38 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def flags(base: Path, data: Path, *more: object) -> list[str]:
-    """The flags of a run of the published recipe in float32, which is quick everywhere, and any others."""
-    fixed = ("--model", base, "--dataset", data, "--recipe", "published", "--precision", "fp32")
-    return [str(flag) for flag in (*fixed, *more)]
+    """The flags of a run by the published recipe in float32, and any others."""
+    more = ("--recipe", "published", "--precision", "fp32", *more)
+    return [str(flag) for flag in ("--model", base, "--dataset", data, *more)]
+
+
+def refused(call: Callable[[], object], *names: object) -> str:
+    """The message of the InputError that `call` raises: one printable line with these names in it."""
+    with pytest.raises(InputError) as error:
+        call()
+    text = str(error.value)
+    assert text.isprintable() and all(str(name) in text for name in names), ascii(text)
+    return text
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def files_of(folder: Path) -> dict[Path, bytes | None]:
+    """Every path below a folder, and the contents of the files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def without_notes(said: str) -> str:
-    """What stood on standard error besides notes about the data: small tables give rise to them."""
+    """Standard error without the notes, which small tables give rise to."""
     return "".join(line for line in said.splitlines(keepends=True) if not line.startswith("note: "))
 
 
-def with_tokenizer(folder: Path, tiny_base: Path, model: nn.Module) -> Path:
+def with_tokenizer(folder: Path, tiny_base: Path, model: torch.nn.Module) -> Path:
     """Save a tiny model of another architecture with the tiny tokenizer beside it."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -80,7 +112,8 @@ class Run:
     """A call of lora_scratch.main in this process, and what it left behind."""
 
     def __init__(self, base: Path, data: Path, output: Path, *more: object):
-        self.path, self.flags, said = output, flags(base, data, "--output", output, *more), io.StringIO()
+        self.path, said = output, io.StringIO()
+        self.flags = flags(base, data, "--output", output, *more)
         with contextlib.redirect_stdout(said):
             assert lora_scratch.main(self.flags) is None
         self.said = said.getvalue()
@@ -89,7 +122,7 @@ class Run:
         self.record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def logits(path: Path) -> Tensor:
+def logits(path: Path) -> torch.Tensor:
     """What a checkpoint answers to SENTENCES."""
     return predict(load_checkpoint(path)[0].model, SENTENCES, 2)
 
@@ -98,27 +131,16 @@ def logits(path: Path) -> Tensor:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random DistilBERT (2 layers, width 32) and a tokenizer of our own few words."""
     folder = tmp_path_factory.mktemp("tiny_base")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=128,
-    ).save_pretrained(folder)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {f"{word[1:-1].lower()}_token": word for word in words[:5]} | {"model_max_length": 128}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=len(vocabulary), dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=128
-    )
-    DistilBertModel(config).save_pretrained(folder)
+    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+    DistilBertModel(DistilBertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     return folder
 
 
@@ -127,37 +149,28 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.tsv (40 rows) and dev.tsv (10 rows), label 1 for praise."""
     folder = tmp_path_factory.mktemp("tiny_sst2")
     rows = [f"{text}\t{label}\n" for label, texts in ((1, GOOD), (0, BAD)) for text in texts.split("|")]
-    (folder / "train.tsv").write_text("sentence\tlabel\n" + "".join(rows * 4), encoding="utf-8")
-    (folder / "dev.tsv").write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
+    for name, times in (("train.tsv", 4), ("dev.tsv", 1)):
+        write(folder / name, "sentence\tlabel\n" + "".join(rows * times))
     return folder
 
 
 def real_folder(variable: str) -> Path:
-    """The folder that an environment variable names; the test is skipped where it names none."""
-    if not os.environ.get(variable):
-        pytest.skip(f"needs {variable} (see tests/conftest.py)")
-    return Path(os.environ[variable])
+    """The folder that an environment variable names; without one a test is skipped."""
+    return Path(os.environ.get(variable) or pytest.skip(f"needs {variable}: see conftest.py"))
 
 
-@pytest.fixture(scope="session")
-def sst2() -> Path:
-    """GLUE's SST-2: train.tsv and dev.tsv."""
-    return real_folder("LORA_TEST_SST2")
-
-
-@pytest.fixture(scope="session")
-def real_base() -> Path:
-    """The MiniLM stand-in in DistilBERT form."""
-    return real_folder("LORA_TEST_BASE")
+sst2 = pytest.fixture(lambda: real_folder("LORA_TEST_SST2"), scope="session")
+real_base = pytest.fixture(lambda: real_folder("LORA_TEST_BASE"), scope="session")
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both adapters where playground.py looks for them; they tell praise from blame."""
+    """A folder with both adapters where playground.py looks for them; they know praise from blame."""
     folder = tmp_path_factory.mktemp("playground")
-    more = ["--lr", 0.01, "--epochs", 15, "--targets", "all-linear", "--label-names", "negative", "positive"]
+    more = ["--lr", "0.01", "--epochs", "15", "--targets", "all-linear"]
+    more += ["--label-names", "negative", "positive", "--output"]
     for script, output in ((lora_scratch, SCRATCH), (lora_peft, PEFT)):
-        script.main(flags(tiny_base, tiny_data, *more, "--output", folder / output))
+        script.main(flags(tiny_base, tiny_data, *more, folder / output))
     return folder
 
 
@@ -169,7 +182,9 @@ def here(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(*arguments: object) -> str:
-    """What main prints."""
+    """The output of playground.py."""
+    import playground
+
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         playground.main([str(argument) for argument in arguments])
@@ -177,4 +192,5 @@ def ask(*arguments: object) -> str:
 
 
 def ask_json(*arguments: object) -> list[dict]:
-    return [json.loads(line) for line in ask("--json", *arguments).removesuffix("\n").split("\n")]
+    """The output of playground.py --json."""
+    return [json.loads(line) for line in ask("--json", *arguments).strip("\n").split("\n")]
