@@ -1,104 +1,45 @@
-"""Ask the trained adapters: sentences as arguments, from a file or a pipe, or one by one at a prompt.
+"""Ask the trained models, with arguments, a file, a pipe, a prompt or a page.
 
-    python playground.py "The movie was absolutely fantastic!"    # what both training scripts wrote answers
-    python playground.py                                          # a prompt; exit, Ctrl-D or Ctrl-C leaves
-    python playground.py --explain "It is not bad at all."        # which words carried the decision
-    cat reviews.txt | python playground.py                        # one sentence a line
-    python playground.py --file reviews.csv --output answers.csv  # the same table, with the answers beside it
-    python playground.py --file test.csv --label-column about     # how often it is right, its surest mistakes
-    python playground.py --model a.pt --model b.pt --file test.csv --label-column about    # which is better
-    python playground.py --web                                    # a page on this machine
-    python playground.py --model FILE.pt --glue SST-2.tsv         # GLUE's submission for the test split
-    python playground.py --model FILE.pt --export FOLDER       # for pipeline("text-classification", FOLDER)
-
-FILE.pt, or a folder of lora_peft.py. One model answers from float32 weights with its adapter merged in;
-several keep their adapters beside weights that those on the same base share.
+python playground.py "A warm, funny film."            # the models that training wrote
+python playground.py                                  # a prompt
+python playground.py --explain "It is not bad."       # which words carried the decision
+cat reviews.txt | python playground.py                # one sentence a line
+python playground.py --file new.csv --output out.csv  # the same table with its answers
+python playground.py --file test.csv --label-column about  # how good; of several --model, which is best
+python playground.py --web                            # a page on this machine
+python playground.py --model a.pt --glue SST-2.tsv    # GLUE's submission
+python playground.py --model a.pt --export FOLDER     # for transformers.pipeline
 """
 
-from __future__ import annotations
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends it without a word
-
-import argparse
-import contextlib
-import copy
 import csv
 import io
-import itertools
 import json
-import math
 import os
 import re
 import sys
 import tempfile
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep soon, for a busy machine
+# isort: off
+from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
+from lora_scratch import FORMATS, GLUE, choose_column, find_columns, load_tables, read_file, read_rows
+from lora_scratch import is_blank, listed, note, report_labels, score, visible
+from lora_scratch import InputError, Parser, refusing, run, use_cache_if_offline, write_file, write_folder
 
+# isort: on
+import numpy
 import torch
 import transformers
-from torch import Tensor
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from lora_scratch import (
-    FORMATS,
-    GLUE,
-    TEXT_NAMES,
-    Base,
-    InputError,
-    Parser,
-    Tokens,
-    as_labels,
-    between,
-    check_text,
-    check_tokenizer,
-    choose_column,
-    choose_device,
-    compute_cls_only,
-    count_pairs,
-    in_words,
-    is_blank,
-    label_report,
-    listed,
-    load_base,
-    load_checkpoint,
-    load_tables,
-    macro_f1,
-    merge_lora,
-    note,
-    on_terminal,
-    predict,
-    probe_place,
-    read_columns,
-    read_file,
-    reason,
-    run,
-    use_cache_if_offline,
-    visible,
-    wilson_interval,
-    without_fractions,
-    write_file,
-    write_folder,
-)
-
-TRAINED = [Path("model/lora_scratch_distilbert_sst2.pt"), Path("model/lora_peft_distilbert_sst2")]
-DEMOS = [
-    Path("model/lora_scratch_demo.pt"),
-    Path("model/lora_peft_demo"),
-]  # asked where none of the first is there
-
-
 UNSURE = "unsure"  # the answer below --unsure
-ANSWERS = (".csv", ".tsv", ".jsonl", ".parquet")  # the endings of --output
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 
 class Model(NamedTuple):
@@ -106,213 +47,158 @@ class Model(NamedTuple):
     path: Path
     base: Base
     label_names: list[str]
-    max_length: int  # tokens; longer text is cut, as in training
+    max_length: int  # in tokens; longer text is cut
     facts: dict  # what its file says beside the tensors
 
 
 def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
-    """The trained models; each is merged where it is alone, and on a shared base where there are several."""
+    """The trained models. One alone is merged; several share the tensors of their base."""
     kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
-    names = [kind if kinds.count(kind) == 1 else str(path) for kind, path in zip(kinds, paths, strict=True)]
-    if len(paths) == 1:
-        models = [load(names[0], paths[0], base_name)]
-    else:
-        get_base = shared_bases()
-        models = [load(*one, base_name, False, get_base) for one in zip(names, paths, strict=True)]
-    for model in models:
-        model.base.model.to(choose_device("auto"))
+    models, shared = [], {}
+    for path, kind in zip(paths, kinds, strict=True):
+        name = kind if kinds.count(kind) == 1 else str(path)
+        model = load(name, path, base_name, merged=len(paths) == 1)
+        speed_up(model.base).to("cuda" if torch.cuda.is_available() else "cpu")
+        for key, parameter in model.base.model.named_parameters():
+            key = model.base.identity["fingerprint"], re.sub(r"\.base(_layer)?\b", "", key)
+            if torch.equal(shared.setdefault(key, parameter.data), parameter):
+                parameter.data = shared[key]
+        models.append(model)
     return models
 
 
-def load(
-    name: str, path: Path, base_name: str | None, merged: bool = True, get_base: Callable | None = None
-) -> Model:
-    """A trained model from a handwritten checkpoint or a folder of PEFT; plain layers where `merged`."""
+def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> Model:
+    """A trained model from a checkpoint or a folder of PEFT."""
     if path.is_dir():
-        from lora_peft import load_adapter  # only here: who has no such folder needs no peft
+        from lora_peft import load_adapter  # others need no PEFT
 
-        base, facts = load_adapter(path, base_name, merged, get_base)
+        base, facts = load_adapter(path, base_name, merged)
     else:
-        base, facts = load_checkpoint(path, base_name, get_base)
+        base, facts = load_checkpoint(path, base_name)
         if merged:
             merge_lora(base.model)
     return Model(name, path, base, facts["label_names"], facts["max_length"], facts)
 
 
-def shared_bases() -> Callable:
-    """A load_base that reads each base once: models on it have a head of their own and share the rest."""
-    bases = {}
-
-    def get_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
-        key = (os.path.realpath(name) if Path(name).is_dir() else name, revision)
-        if key not in bases:
-            bases[key] = load_base(name, revision, label_names, max_length)
-        check_tokenizer(name, bases[key].model, bases[key].tokenizer, max_length)
-        return with_head(bases[key], label_names)
-
-    return get_base
+def ending(path: Path | None) -> str:
+    return path.suffix.lower() if path else ""
 
 
-def with_head(base: Base, label_names: list[str]) -> Base:
-    """The same encoder, its frozen tensors shared and not copied, under an empty head for other labels."""
-    config = copy.deepcopy(base.model.config)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {label: i for i, label in enumerate(label_names)}
-    with torch.device("meta"):  # without memory
-        model = type(base.model)(config)
-    frozen = {id(p): p for name, p in base.model.named_parameters() if name not in base.head}
-    for name, module in model.named_children():
-        if name == model.base_model_prefix:
-            setattr(model, name, copy.deepcopy(base.model.base_model, frozen))
-        else:
-            module.to_empty(device="cpu")
-    compute_cls_only(model)  # on layers of its own
-    return replace(base, model=model.eval())
-
-
-def read_texts(args: argparse.Namespace, table) -> Iterable[str]:
-    """The sentences asked about. A text file is opened now, before any model is loaded, and read later."""
-    if table is not None:
-        return [*args.sentences, *texts_of(args, table)]
+def read_texts(args: Namespace) -> tuple[Iterable[str], object]:
+    """The sentences to answer, and the table that has them."""
+    if ending(args.file) in FORMATS:
+        table = read_file(args.file)
+        column = args.text_column or choose_column(args.file, table, "text")
+        if not args.text_column and len(column) > 40:
+            raise InputError(f"{args.file} starts with data, {visible(column, 40)}; put names above it")
+        if column not in (args.text_column, "sentence"):
+            note(f"{args.file}: {column!r} is taken for the text")
+        texts = read_rows(args.file, table, column)["text"]  # without the blank ones
+        texts = texts.reindex(range(1, len(table) + 1), fill_value="")
+        return [*args.sentences, *texts], table
     if args.sentences and not args.file:
-        return args.sentences
-    if not args.file and sys.stdin is None:
-        raise InputError("standard input is closed; give a sentence or a --file")
-    try:
-        stream = open(args.file, "rb") if args.file else sys.stdin.buffer  # noqa: SIM115 - read later
-    except OSError as error:
-        raise InputError(f"{args.file}: {error.strerror}; give a file or a sentence") from error
-    return itertools.chain(args.sentences, read_lines(args.file or "standard input", stream))
+        return args.sentences, None
+    name = args.file or "standard input"
+    with refusing(f"{name} cannot be read", "give sentences, a --file or a pipe"):
+        stream = open(name, "rb") if args.file else sys.stdin.buffer  # noqa: SIM115 - read later
+    return chain(args.sentences, read_lines(name, stream)), None
 
 
 def read_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
-    """Its lines as text; only \n ends one, so that answers match what other tools count as lines.
-
-    A byte-order mark decides, else it is UTF-8; a line that is not is read as Windows-1252, with a note.
-    """
-    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        lines = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
-    else:
-        lines = decode_lines(name, stream)
-    for line in lines:
-        yield line.removesuffix("\n").removesuffix("\r")
-
-
-def decode_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
-    told = False
-    for number, line in enumerate(stream, start=1):
+    """Lines, which only \n ends: UTF-16 if marked, else UTF-8, else Windows-1252."""
+    is_utf16 = stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
+    lines = io.TextIOWrapper(stream, "utf-16", "replace", newline="\n") if is_utf16 else stream
+    noted = False
+    for number, line in enumerate(lines, start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line if is_utf16 else line.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = line.decode("cp1252", errors="replace")
-            if not told:
-                note(f"{name}: line {number} is not UTF-8; read as Windows-1252: is that right?")
-            told = True
-        yield text
+            if not noted:
+                note(f"{name}: line {number} is not UTF-8; it is read as Windows-1252")
+            noted = True
+        yield text.removesuffix("\n").removesuffix("\r")
 
 
-def is_table(path: Path | None) -> bool:
-    return path is not None and path.suffix.lower() in FORMATS
-
-
-def texts_of(args: argparse.Namespace, table, *more: str) -> list:
-    """The texts of a table, or these and the values of more columns."""
-    names = [name for name in table.columns if name not in more and not name.startswith("Unnamed:")]
-    column = args.text_column or choose_column(str(args.file), table, "text", names, TEXT_NAMES)
-    if not args.text_column and len(column) > 40:
-        what = f"its first row looks like data and not like names of columns: {listed(names)}"
-        raise InputError(f"{args.file}: {what}; put a row of names above it")
-    if not args.text_column and column.lower() not in TEXT_NAMES.split():
-        note(f"{args.file}: {column!r} is taken for the text")
-    texts, *others = read_columns(args.file, table, [column, *more])
-    for i, text in enumerate(texts, start=1):
-        check_text(f"{args.file}: row {i}", column, text)
-    texts = [text or "" for text in texts]
-    return [texts, *others] if more else texts
-
-
-def chunks(texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
-    """1,024 texts at a time: enough to sort by length, and a file of any length takes no more memory."""
-    bar = tqdm(texts, unit=" sentences", disable=not progress, delay=1, dynamic_ncols=True)
-    whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # half characters: no UTF-8
-    while chunk := list(itertools.islice(whole, 1024)):
+def chunks(texts: Iterable[str], disable: bool | None = None) -> Iterator[list[str]]:
+    """1,024 texts at a time: enough to sort by length, in little memory."""
+    bar = tqdm(texts, unit=" texts", disable=disable, delay=1, dynamic_ncols=True)
+    whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # no half characters
+    while chunk := list(islice(whole, 1024)):
         yield chunk
 
 
-def read_tokens(texts: list[str], model: Model) -> tuple[Tokens, list[bool]]:
-    """Token numbers of each text, and whether there were too many."""
+def probabilities(model: Model, texts: list[str]) -> tuple[torch.Tensor, dict]:
+    """(texts, labels), in float32, and the texts as tokens."""
     encoded = model.base.tokenizer(texts, truncation=True, max_length=model.max_length)
-    cut = [bool(encoding.overflowing) for encoding in encoded.encodings or []]  # fast tokenizers tell
-    return Tokens.from_lists(encoded["input_ids"]), cut or [False] * len(texts)
-
-
-def probabilities(model: Model, tokens: Tokens, batch_size: int) -> Tensor:
-    """(texts, labels), in float32; raises InputError where they are no numbers."""
-    found = predict(model.base.model, tokens, batch_size).softmax(dim=1)
+    ids = [numpy.array(numbers, dtype=numpy.int32) for numbers in encoded["input_ids"]]
+    tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
+    found = predict(model.base.model, tokens, batch_size=32).softmax(dim=1)
     if not found.isfinite().all():
-        raise InputError(f"{model.path}: its answers are not finite; its tensors or its alpha are too large")
-    return found
+        raise InputError(f"{model.path}: its answers are not finite; train it again")
+    return found, encoded
 
 
-def classify(model: Model, texts: list[str], args: argparse.Namespace) -> list[dict]:
-    """One answer for each text, as --json prints it; a blank text gets the label None."""
+def classify(model: Model, texts: list[str], args: Namespace) -> list[dict]:
+    """An answer for each text; the label of a blank one is None."""
     answers = [{"text": text, "label": None, "probabilities": {}, "model": model.name} for text in texts]
     asked = [answer for answer in answers if not is_blank(answer["text"])]
     if not asked:
         return answers
-    tokens, cut = read_tokens([answer["text"] for answer in asked], model)
-    rows = probabilities(model, tokens, args.batch_size).tolist()
-    for answer, row, too_long in zip(asked, rows, cut, strict=True):
+    found, encoded = probabilities(model, [answer["text"] for answer in asked])
+    for i, (answer, row) in enumerate(zip(asked, found.tolist(), strict=True)):
         is_sure = 100 * max(row) >= args.unsure
         answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
-        answer["probabilities"] = {name: round(p, 6) for name, p in zip(model.label_names, row, strict=True)}
-        if too_long:
+        answer["probabilities"] = dict(zip(model.label_names, (round(p, 6) for p in row), strict=True))
+        if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
             answer["cut"] = True
         if args.explain:
-            answer["words"] = explain(model, answer["text"], args.batch_size)
+            answer["words"] = explain(model, answer["text"])
     return answers
 
 
-def explain(model: Model, text: str, batch_size: int) -> list[tuple[str, float]]:
-    """Each word that the model reads, and how much of the label's probability is lost where it is masked."""
-    words = list(itertools.islice(re.finditer(r"\S+", text), model.max_length))  # a token a word at least
+def surest(answer: dict) -> float | None:
+    """The probability of the likeliest label."""
+    return max(answer["probabilities"].values(), default=None)
+
+
+def explain(model: Model, text: str) -> list[tuple[str, float]]:
+    """Each word that is read, and what the probability loses without it."""
+    words = list(islice(re.finditer(r"\S+", text), model.max_length))
     text = text[: words[-1].end()]
     mask = model.base.tokenizer.mask_token or model.base.tokenizer.unk_token or ""
     masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
-    tokens, _ = read_tokens([text, *masked], model)
-    read = len(masked)
-    while read and torch.equal(tokens[read], tokens[0]):  # unchanged: that word was cut off
-        read -= 1
-    whole, *rows = probabilities(model, tokens, batch_size)[: read + 1]
-    effects = [(whole - row)[whole.argmax()].item() for row in rows]
-    return [(word.group(), round(effect, 6)) for word, effect in zip(words[:read], effects, strict=True)]
+    (whole, *rows), encoded = probabilities(model, [text, *masked])
+    while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
+        words.pop()  # unchanged without it: it was cut off
+    effects = [round((whole - row)[whole.argmax()].item(), 6) for row in rows]
+    return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
 
 
-def answer_all(models: list[Model], texts: Iterable[str], args: argparse.Namespace, headed: bool) -> None:
-    """Print every model's answer to each text, in the order given; under the text itself where `headed`."""
+def answer_all(models: list[Model], texts: Iterable[str], args: Namespace, headed: bool) -> None:
+    """Print every model's answer to each text, under it if `headed`."""
     width, indent = max(len(model.name) for model in models), "  " * headed
-    for chunk in chunks(texts, progress=on_terminal() and not sys.stdout.isatty()):  # or the answers show it
+    for chunk in chunks(texts, disable=sys.stdout.isatty() or None):  # there the answers show it
         for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
-            if args.json:
-                print(*(json.dumps(answer, allow_nan=False) for answer in answers), sep="\n")
-                continue
-            if headed:
+            if headed and not args.json:
                 print(visible(answers[0]["text"]))
             for model, answer in zip(models, answers, strict=True):
-                print(f"{indent}{model.name:{width}}  {words_of(answer, model)}")
+                line = f"{indent}{model.name:{width}}  {in_words(answer, model)}"
+                print(json.dumps(answer, allow_nan=False) if args.json else line)
         sys.stdout.flush()
 
 
-def words_of(answer: dict, model: Model) -> str:
-    """Label and probability; below them each word's effect in percentage points, coloured on a terminal."""
+def in_words(answer: dict, model: Model) -> str:
+    """Label and probability, and the effect of each word below."""
     if answer["label"] is None:
         return "(blank)"
-    label, width = visible(answer["label"]), max(map(len, model.label_names))
-    note = f"  (cut to {model.max_length} tokens)" if "cut" in answer else ""
-    line = f"{label[:1].upper() + label[1:]:{width}}  {percent(answer)}{note}"
+    label, percent = visible(answer["label"]), f"{100 * surest(answer):.1f} %"
+    line = f"{label[:1].upper() + label[1:]:{max(map(len, model.label_names))}}  {percent}"
     if label == UNSURE and UNSURE not in model.label_names:
         likeliest = max(answer["probabilities"], key=answer["probabilities"].get)
-        line = f"Unsure ({visible(likeliest)} {percent(answer)}){note}"
+        line = f"Unsure ({visible(likeliest)} {percent})"
+    if "cut" in answer:
+        line += f"  (cut to {model.max_length} tokens)"
     words = []
     for word, effect in answer.get("words", []):
         words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
@@ -321,499 +207,354 @@ def words_of(answer: dict, model: Model) -> str:
     return f"{line}\n    {'  '.join(words)}" if words else line
 
 
-def surest(answer: dict) -> float | None:
-    """The probability of the likeliest label."""
-    return max(answer["probabilities"].values(), default=None)
-
-
-def percent(answer: dict) -> str:
-    return f"{100 * surest(answer):.1f} %"
-
-
-def prompt(models: list[Model], args: argparse.Namespace) -> None:
+def prompt(models: list[Model], args: Namespace) -> None:
     """Ask for sentences until the user has enough."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - its presence gives input() a history and the arrow keys
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - input() gets a history
     sys.stdin.reconfigure(errors="replace")
     print("Type a sentence; exit, Ctrl-D or Ctrl-C leaves.", file=sys.stderr)
-    try:
+    with suppress(EOFError, KeyboardInterrupt):
         while (text := input("> " if sys.stdout.isatty() else "")).strip().lower() != "exit":
             if not is_blank(text):
                 answer_all(models, [text], args, headed=False)
-    except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)  # the shell's own prompt starts a line
+    print(file=sys.stderr)  # the shell's own prompt starts a line
 
 
-def judge(models: list[Model], table, args: argparse.Namespace) -> None:
-    """Print how often each model is right on a labelled table, its surest mistakes, and which is better."""
-    texts, labels = texts_of(args, table, args.label_column)
-    rows = [i for i, text in enumerate(texts) if not is_blank(text)]
-    if not rows:
-        raise InputError(f"{args.file}: no sentence to judge by; give one with its label")
-    if len(rows) < len(texts):
-        note(f"{args.file}: {len(texts) - len(rows)} blank sentences of {len(texts)} are left out")
-    labels = as_labels(f"{args.file}:", [labels[i] for i in rows], rows)
-    (labels,) = without_fractions(str(args.file), args.label_column, labels)
-    if class_names := table.attrs.get("names", {}).get(args.label_column):  # a file of the datasets library
-        names = {str(i): name for i, name in enumerate(class_names)}
-        labels = [names.get(label, label) for label in labels]
-    if args.unsure and UNSURE in labels:
+def judge(models: list[Model], args: Namespace) -> None:
+    """Print how often each model is right on a table, and which is better."""
+    import pandas
+
+    table = read_file(args.file)
+    columns = find_columns(args.file, table, args.text_column, args.label_column)
+    rows = read_rows(args.file, table, *columns)  # the index is the row in the file
+    given = [translate_labels(model, rows["label"], args) for model in models]
+    right = {}
+    for model, labels in zip(models, given, strict=True):
+        answers = [found for chunk in chunks(rows["text"]) for found in classify(model, chunk, args)]
+        judged = pandas.DataFrame(answers, rows.index).fillna({"cut": False}).assign(given=labels)
+        print_judgement(model, judged, args)
+        right[model.name] = judged["label"] == judged["given"]
+    for one, other in combinations(right, 2):
+        a, b = int((right[one] > right[other]).sum()), int((right[one] < right[other]).sum())
+        p = sign_test(a, b)
+        verdict = f"{one if a > b else other} is better" if p < 0.05 else "no clear winner"
+        record = {"models": [one, other], "alone_right": [a, b], "p": p}
+        line = f"{one} alone right {a:,}, {other} alone right {b:,}: p = {p:.2g}, {verdict}"
+        print(json.dumps(record) if args.json else line)
+
+
+def translate_labels(model: Model, labels, args: Namespace):
+    """The file's labels as this model calls them."""
+    names, counts = model.label_names, labels.value_counts()
+    if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    given = [own_labels(args, model, labels) for model in models]  # before the long work
-    for model in models:
-        warn_if_trained_on(model, args)
-    answers = [[] for _ in models]
-    for chunk in chunks([texts[i] for i in rows], progress=on_terminal()):
-        for model, found in zip(models, answers, strict=True):
-            found += classify(model, chunk, args)
-    for model, own, found in zip(models, given, answers, strict=True):
-        for i, label, answer in zip(rows, own, found, strict=True):
-            answer |= {"row": i + 1, "given": label}
-        tell_judgement(model, found, args)
-    for one, other in itertools.combinations(range(len(models)), 2):
-        pairs = zip(answers[one], answers[other], strict=True)
-        right = [(a["label"] == a["given"], b["label"] == b["given"]) for a, b in pairs]
-        names = models[one].name, models[other].name
-        tell_better(*names, right.count((True, False)), right.count((False, True)), args)
-
-
-def own_labels(args: argparse.Namespace, model: Model, labels: list[str]) -> list[str]:
-    """The file's labels as this model calls them; labels that it does not know are named and counted."""
-    names, counts = model.label_names, Counter(labels)
+    with suppress(OSError, LookupError, TypeError):
+        if args.file.samefile(model.facts["record"]["settings"]["dataset"]):
+            note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     numbers = {str(i): name for i, name in enumerate(names)}
-    if counts.keys() <= numbers.keys() and not any(re.fullmatch(r"-?\d+", name) for name in names):
-        note(f"{args.file}: the numbers in {args.label_column!r} are read as {listed(names)}, in this order")
-        return [numbers[label] for label in labels]
-    unknown = [f"{label} ({counts[label]})" for label in sorted(counts.keys() - set(names))]
-    rows = sum(counts[label] for label in counts.keys() - set(names))
-    if rows > len(labels) / 2:
-        what = (
-            f"{model.name} knows {listed(names)}, but {rows:,} of {len(labels):,} rows say {listed(unknown)}"
-        )
-        raise InputError(f"{args.file}: {what}; is it the right --label-column?")
-    if unknown:
-        note(
-            f"{args.file}: labels that {model.name} does not know, so its answer is wrong: {listed(unknown)}"
-        )
+    if counts.index.isin(numbers).all() and not any(re.fullmatch(r"-?\d+", name) for name in names):
+        note(f"{args.file}: the labels 0, 1, ... are read as {listed(names)}")
+        return labels.map(numbers)
+    unknown = counts[~counts.index.isin(names)].sort_index()
+    shown = listed([f"{label} ({count})" for label, count in unknown.items()])
+    what = f"{args.file}: {unknown.sum():,} rows have labels unknown to {model.name}: {shown}"
+    if unknown.sum() > len(labels) / 2:
+        raise InputError(f"{what}; it knows {listed(names)}; see --label-column")
+    if len(unknown):
+        note(f"{what}; these count as wrong")
     return labels
 
 
-def warn_if_trained_on(model: Model, args: argparse.Namespace) -> None:
-    """Say so where the file that judges is the one that the model was trained on."""
-    with contextlib.suppress(OSError, LookupError, TypeError, AttributeError):
-        if args.file.samefile(model.facts["record"]["settings"]["dataset"]):
-            what = "was trained on most of these rows: look at its mistakes, not at its accuracy"
-            note(f"{args.file}: {model.name} {what}")
-
-
-def tell_judgement(model: Model, answers: list[dict], args: argparse.Namespace) -> None:
-    """Print the table of labels, the ten surest mistakes and the accuracy, or all of it as JSON."""
-    sure = [answer for answer in answers if not args.unsure or answer["label"] != UNSURE]
-    names = list(dict.fromkeys([*model.label_names, *(answer["given"] for answer in sure)]))
-    index = {name: i for i, name in enumerate(names)}
-    pairs = torch.tensor([[index[answer["given"]], index[answer["label"]]] for answer in sure]).view(-1, 2)
-    confusion = count_pairs(*pairs.long().T, len(names))
-    mistakes = [answer for answer in sure if answer["label"] != answer["given"]]
-    mistakes.sort(key=lambda answer: -answer["probabilities"][answer["label"]])
-    right, total = len(sure) - len(mistakes), len(sure)
+def print_judgement(model: Model, judged, args: Namespace) -> None:
+    """Print the surest mistakes, each label and the accuracy, or JSON."""
+    sure = judged[judged["label"] != UNSURE] if args.unsure else judged
+    names = list(dict.fromkeys([*model.label_names, *sure["given"]]))
+    counts = sure.groupby(["given", "label"]).size().unstack().reindex(index=names, columns=names)
+    confusion = torch.tensor(counts.fillna(0).to_numpy(int))
+    wrong = sure[sure["label"] != sure["given"]].rename_axis("row").reset_index().to_dict("records")
+    wrong.sort(key=surest, reverse=True)
+    unsure = len(judged) - len(sure)
     if args.json:
-        found = {"model": model.name, "correct": right, "total": total, "unsure": len(answers) - total}
-        if total:
-            interval = [100 * share for share in wilson_interval(right, total)]
-            found |= {"accuracy": 100 * right / total, "interval": interval, "macro_f1": macro_f1(confusion)}
-        found |= {"label_names": names, "confusion": confusion.tolist(), "surest_mistakes": mistakes[:10]}
-        return print(json.dumps(found, allow_nan=False))
-    heading = f"{model.name}: {len(answers):,} sentences"
-    if args.unsure:
-        heading += f", unsure of {len(answers) - total:,}{'; of the others:' if total else ''}"
-    print(heading)
-    if mistakes:
-        print(f"its surest mistakes, of {len(mistakes):,}; or the label is wrong:")
-    for answer in mistakes[:10]:
-        said, given, text = (visible(answer[key], 80) for key in ("label", "given", "text"))
-        print(f"  row {answer['row']}, given {given}, answered {said} {percent(answer)} | {text}")
-    if total:
-        print(label_report(confusion, names))
-        print(in_words(confusion, names))
-
-
-def tell_better(one: str, other: str, one_alone: int, other_alone: int, args: argparse.Namespace) -> None:
-    """Print whether one model is right where the other is wrong more often than by chance."""
-    p = sign_test(one_alone, other_alone)
-    if args.json:
-        return print(json.dumps({"models": [one, other], "alone_right": [one_alone, other_alone], "p": p}))
-    better = f"{one if one_alone > other_alone else other} is better"
-    verdict = better if p < 0.05 else f"no evidence that {better}"
-    if one_alone == other_alone:
-        verdict = "no evidence that either is better"
-    print(f"{one} alone right {one_alone:,}, {other} alone right {other_alone:,}: p = {p:.2g}, {verdict}")
+        found = {"model": model.name, "correct": 0, "total": 0, "unsure": unsure}
+        found |= score(confusion) if len(sure) else {}
+        found |= {"label_names": names, "confusion": confusion.tolist()}
+        return print(json.dumps(found | {"surest_mistakes": wrong[:10]}))
+    print(f"{model.name}: {len(judged):,} sentences, {unsure:,} unsure, {len(wrong):,} wrong, the surest:")
+    for one in wrong[:10]:  # or the label is wrong
+        label, given, text = (visible(one[key], 80) for key in ("label", "given", "text"))
+        print(f"  row {one['row']}, given {given}, answered {label} {100 * surest(one):.1f} % | {text}")
+    if len(sure):
+        print(report_labels(confusion, names))
 
 
 def sign_test(one: int, other: int) -> float:
-    """The two-sided probability of a division at least as uneven between two that are equally good."""
-    count, term, tail = one + other, 1, 0
-    for i in range(min(one, other) + 1):
-        tail += term  # the binomial coefficient of count and i, step by step: each by itself is slow
-        term = term * (count - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**count)
+    """The chance that equally good models differ at least as much."""
+    fewer = torch.arange(min(one, other) + 1, dtype=torch.float64)
+    coins = torch.distributions.Binomial(one + other, torch.tensor(0.5).double())
+    return min(1.0, 2 * coins.log_prob(fewer).exp().sum().item())
 
 
-def write_answers(models: list[Model], texts: Iterable[str], table, args: argparse.Namespace) -> None:
-    """Write every row as it was, with each model's label and probability beside it, whole or not at all."""
+def write_answers(models: list[Model], args: Namespace) -> None:
+    """Write every row as it was, with each model's label and probability."""
     import pandas
 
-    lines = table is None
-    table = pandas.DataFrame({"text": pandas.Series([], dtype=str)}) if lines else table
-    several, taken, count = len(models) > 1, set(table.columns), 0
-    columns = [answer_columns(taken, model.name if several else "") for model in models]
+    texts, table = read_texts(args)
+    if table is None:  # lines, which come later
+        table = pandas.DataFrame({"text": []}, dtype=str)
+
+    def answer_pieces() -> Iterator:  # a piece without rows, then 1,024 rows at a time
+        start = 0
+        for chunk in chain([[]], chunks(texts)):
+            piece = table[start : start + len(chunk)]
+            if ending(args.file) not in FORMATS:
+                piece = pandas.DataFrame({"text": chunk}, dtype=str)
+            start += len(chunk)
+            for model in models:
+                names = ["label", "probability"]
+                if len(models) > 1:
+                    names = [f"{name} {model.name}" for name in names]
+                while table.columns.isin(names).any():
+                    names = [f"model_{name}" for name in names]
+                answers = [(one["label"], surest(one)) for one in classify(model, chunk, args)]
+                answers = pandas.DataFrame(answers, piece.index, names, dtype=object)
+                piece = pandas.concat([piece, answers], axis=1)
+            yield piece
 
     def write(temporary: Path) -> None:
-        nonlocal count
-        with contextlib.ExitStack() as files:
-            append = open_table(temporary, table, list(itertools.chain(*columns)), args, files)
-            for chunk in chunks(texts, progress=on_terminal()):
-                part = (
-                    pandas.DataFrame({"text": chunk}) if lines else table[count : count + len(chunk)].copy()
-                )
-                for model, names in zip(models, columns, strict=True):
-                    answers = classify(model, chunk, args)
-                    found = [[answer["label"], surest(answer)] for answer in answers]
-                    part[names] = pandas.DataFrame(found, part.index, names, dtype=object)
-                append(part)
-                count += len(chunk)
+        save = write_parquet if ending(args.output) == ".parquet" else write_text
+        save(temporary, table, answer_pieces(), args)
         if args.output.exists():
-            raise InputError(
-                f"--output {args.output}: it was made by something else meanwhile; name a new file"
-            )
+            raise InputError(f"--output {args.output} exists by now; name a new file")
 
     write_file(args.output, write)
-    print(f"wrote {count:,} rows to {args.output}")
+    print(f"saved {args.output}")
 
 
-def answer_columns(taken: set[str], name: str) -> list[str]:
-    """Names for a model's label and its probability that no column of the table has."""
-    names = [f"{what} {name}".strip() for what in ("label", "probability")]
-    while taken & set(names):
-        names = [f"model_{name}" for name in names]
-    return names
+def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
+    """Write pieces of a table as CSV, TSV or JSON lines."""
+    import pandas
+
+    suffix, source = ending(args.output), ending(args.file)
+    header, old = table.attrs.get("header", table.columns), len(table.columns)
+    separator = table.attrs.get("separator", ",") if source == ".csv" else ","
+    options = {"sep": separator, "index": False, "lineterminator": "\n"}
+    if suffix == ".tsv":  # as GLUE writes it: a quote character is text
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
+    with open(path, "w", encoding=encoding, newline="") as file:
+        for piece in pieces:
+            plain = {name: column.tolist() for name, column in piece.items()}
+            plain = pandas.DataFrame(plain, dtype=object)
+            if source not in (".json", ".jsonl"):
+                plain = plain.where(plain.notna(), None)
+            options["header"] = [*header, *plain.columns[old:]] if piece.empty else False
+            with refusing(f"--output {args.output} cannot hold these rows", "name a .csv file"):
+                text = json_lines(plain) if suffix == ".jsonl" else plain.to_csv(**options)
+            if "\r" in text and suffix == ".csv":  # which csv would leave bare
+                text = plain.to_csv(**options, quoting=csv.QUOTE_ALL)
+            file.write(text)
 
 
-def open_table(
-    path: Path, table, columns: list[str], args: argparse.Namespace, files: contextlib.ExitStack
-) -> Callable:
-    """A function that appends rows to a new file at `path`, of the format that --output's ending names.
-
-    `table` and the new `columns` tell the header and the types. Raises InputError where that format cannot
-    hold the table.
-    """
-    suffix, original = args.output.suffix.lower(), (args.file or Path()).suffix.lower()
-    if suffix == ".parquet":
-        return open_parquet(path, table, columns, args, files)
-    encoding = "utf-8-sig" if table.attrs.get("marked") and suffix == ".csv" else "utf-8"
-    file = files.enter_context(open(path, "w", encoding=encoding, newline=""))  # noqa: SIM115
-    if suffix == ".jsonl":
-        was_json = original in (".json", ".jsonl")
-        return lambda rows: file.writelines(json_line(row, was_json) for row in rows.to_dict("records"))
-    options = {"delimiter": table.attrs.get("sep", ","), "lineterminator": "\n"}
-    plain, quoted = (csv.writer(file, quoting=how, **options) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-
-    def write_row(row: list) -> None:
-        fields = ["" if value is None else str(value) for value in row]
-        if suffix == ".csv":
-            has_return = any("\r" in field for field in fields)  # which csv quotes only where it ends lines
-            (quoted if has_return else plain).writerow(fields)
-        elif any(c in field for field in fields for c in "\t\r\n"):
-            what = f"a .tsv file cannot hold {visible(' | '.join(fields), 80)!r}, with a tab or two lines"
-            raise InputError(f"--output {args.output}: {what}; name a .csv file")
-        else:
-            file.write("\t".join(fields) + "\n")  # as GLUE writes it: without quotes
-
-    def append(rows) -> None:
-        for row in zip(*read_columns(args.output, rows, list(rows.columns)), strict=True):
-            write_row(row)
-
-    write_row([*table.attrs.get("header", table.columns), *columns])
-    return append
+def json_lines(plain) -> str:
+    """The rows as JSON; what a row of a JSON file did not have is NaN in its table."""
+    rows = [{key: value for key, value in row.items() if value == value} for row in plain.to_dict("records")]
+    options = {"ensure_ascii": False, "allow_nan": False, "default": str}
+    return "".join(json.dumps(row, **options) + "\n" for row in rows)
 
 
-def open_parquet(
-    path: Path, table, columns: list[str], args: argparse.Namespace, files: contextlib.ExitStack
-) -> Callable:
-    """A function that appends rows to a new Parquet file, with the types of --file where it is one, too."""
+def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
+    """Write pieces of a table as Parquet, with the types of --file."""
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        if is_table(args.file) and args.file.suffix.lower() == ".parquet":
+    with refusing(f"--output {args.output} cannot hold this table", "name a .jsonl file"):
+        schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
+        if ending(args.file) == ".parquet":
             schema = parquet.read_schema(args.file)
-        else:
-            schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
-        for name, kind in zip(columns, itertools.cycle([pyarrow.string(), pyarrow.float64()])):
+        for name in next(pieces).columns[len(schema) :]:
+            kind = "float64" if "probability" in name else "string"
             schema = schema.append(pyarrow.field(name, kind))
-        writer = files.enter_context(parquet.ParquetWriter(path, schema))
-    except (pyarrow.ArrowException, OverflowError, TypeError) as error:
-        raise InputError(f"--output {args.output}: {reason(error)}; name a .jsonl file") from error
-    return lambda rows: writer.write_table(pyarrow.Table.from_pandas(rows, schema, preserve_index=False))
+        writer = parquet.ParquetWriter(path, schema)
+    with writer:
+        for piece in pieces:
+            writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
 
 
-def json_line(row: dict, was_json: bool) -> str:
-    """A row as JSON. What a row of a JSON file did not have is NaN in its table, and left out again."""
-    import pandas
-
-    kept = {}
-    for key, value in row.items():
-        is_number = not isinstance(value, float) or math.isfinite(value)
-        if is_number or not was_json:
-            kept[key] = None if value is pandas.NA or not is_number else value
-    return json.dumps(kept, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-
-
-def serve(models: list[Model], args: argparse.Namespace) -> None:
-    """A page on this machine: a sentence with its labels and words, or a file with its answers."""
+def serve(models: list[Model], args: Namespace) -> None:
+    """Open a page: a sentence and its words, or a file and its answers."""
     folder = tempfile.TemporaryDirectory()  # uploads and answers are gone when the page is
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
-    try:
+    with refusing("--web needs Gradio", "pip install -r tests/requirements-web.txt"):
         import gradio
-    except ImportError as error:
-        raise InputError("--web needs Gradio: pip install -r tests/requirements-web.txt") from error
-    args.explain, lock = True, threading.Lock()  # models on one base share its tokenizer: one call at a time
+    args.explain = True
 
     def ask(text: str) -> list:
         shown = []
         for model in models:
-            with lock:
-                (answer,) = classify(model, [text], args)
+            (answer,) = classify(model, [text], args)
             words = answer.pop("words", None)
-            shown += [words_of(answer, model), answer["probabilities"] or None, words]
+            shown += [in_words(answer, model), answer["probabilities"] or None, words]
         return shown
 
     def answer_file(name: str) -> str:
-        suffix = Path(name).suffix.lower()
-        output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix if suffix in ANSWERS else '.csv'}")
-        own = argparse.Namespace(**vars(args) | {"file": Path(name), "output": output, "explain": False})
+        own = Namespace(**vars(args) | {"file": Path(name), "explain": False})
+        suffix = ending(own.file) if ending(own.file) in ENDINGS else ".csv"
+        own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
         try:
-            with lock:
-                table = read_file(own.file) if is_table(own.file) else None
-                write_answers(models, read_texts(own, table), table, own)
+            write_answers(models, own)
         except InputError as error:
             raise gradio.Error(str(error).replace(name, own.file.name), print_exception=False) from error
-        return str(output)
+        return str(own.output)
 
     with gradio.Blocks(title="LoRA playground") as page, folder:
         text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
         for model in models:
-            parts += [
-                gradio.Textbox(label=model.name),
-                gradio.Label(label="probabilities", show_heading=False),
-            ]
-            parts += [gradio.HighlightedText(label="what is lost where a word is masked", show_legend=True)]
-        text.submit(ask, text, parts)
-        if sentences := [[one] for one in own_sentences(models[0])]:
-            gradio.Examples(sentences, text, parts, ask, run_on_click=True, label="Validation sentences")
-        file = gradio.File(label="Sentences, one a line, or a table", file_types=[".txt", *FORMATS])
-        file.upload(answer_file, file, gradio.File(label="The same with its answers"))
-        share = "COLAB_RELEASE_TAG" in os.environ  # whose browser is elsewhere: a public link
-        page.launch(server_name="127.0.0.1", share=share, inbrowser=on_terminal(), footer_links=[])
+            parts.append(gradio.Textbox(label=model.name))
+            parts.append(gradio.Label(label="probabilities", show_heading=False))
+            parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
+        text.submit(ask, text, parts, concurrency_id="models")
+        with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # the data may be gone
+            settings = Namespace(**models[0].facts["record"]["settings"])
+            if Path(settings.dataset).exists():
+                shown = [[sentence] for sentence in load_tables(settings)[1]["text"][:5]]
+                gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
+        file = gradio.File(label="Lines or a table", file_types=[".txt", *FORMATS])
+        file.upload(answer_file, file, gradio.File(label="With answers"), concurrency_id="models")
+        share = "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
+        page.launch(server_name="127.0.0.1", share=share, inbrowser=sys.stderr.isatty(), footer_links=[])
 
 
-def own_sentences(model: Model) -> list[str]:
-    """Some of the sentences that the model was evaluated with, where its data still lies."""
-    record = model.facts.get("record", {})
-    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with contextlib.suppress(InputError, OSError, LookupError, TypeError, AttributeError), quiet[0], quiet[1]:
-        if Path(record["settings"]["dataset"]).exists():
-            return load_tables(argparse.Namespace(**record["settings"]))[1].text[:5]
-    return []
-
-
-def write_glue(model: Model, table, args: argparse.Namespace) -> None:
-    """GLUE's submission file for SST-2, whose test split has no public labels."""
+def write_glue(models: list[Model], args: Namespace) -> None:
+    """Write GLUE's submission file for SST-2."""
+    (model,) = models
     if len(model.label_names) != 2:
-        raise InputError(
-            f"--glue: SST-2 has 2 labels, but this model {len(model.label_names)}; choose another"
-        )
-    if args.file and table is None:
-        raise InputError(f"--file {args.file}: give a table that ends in {listed(FORMATS)}")
-    texts, index = texts_of(args, table, "index") if args.file else read_glue_test()
-    predictions = []
-    for chunk in chunks(texts, progress=on_terminal()):
-        tokens, _ = read_tokens(chunk, model)
-        predictions += probabilities(model, tokens, args.batch_size).argmax(dim=1).tolist()
-    rows = "".join(f"{i}\t{prediction}\n" for i, prediction in zip(index, predictions, strict=True))
-    text = f"index\tprediction\n{rows}"
-    write_file(args.glue, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"wrote {len(predictions):,} predictions to {args.glue}")
+        raise InputError(f"--glue: SST-2 has 2 labels, {model.path} has {len(model.label_names)}")
+    if not args.file:
+        use_cache_if_offline()
+        with refusing("the Hub's SST-2 cannot be read", "give index and sentence in --file"):
+            file = {"filename": "sst2/test-00000-of-00001.parquet", "revision": GLUE[2]}
+            args.file = Path(hf_hub_download(GLUE[0], **file, repo_type="dataset"))
+    texts, table = read_texts(args)
+    numbers = None if table is None else table.get("index", table.get("idx"))
+    if numbers is None:
+        raise InputError(f"{args.file}: give a table with the columns index and sentence")
+    found = torch.cat([probabilities(model, chunk)[0] for chunk in chunks(texts)])
+    rows = numbers.to_frame("index").assign(prediction=found.argmax(dim=1).tolist())
+    write_file(args.glue, lambda temporary: rows.to_csv(temporary, sep="\t", index=False))
+    print(f"saved {len(rows):,} predictions as {args.glue}")
 
 
-def read_glue_test() -> tuple[list[str], list[int]]:
-    """Sentences and numbers of SST-2's test split, from the Hub or its cache."""
-    use_cache_if_offline()
-    import datasets  # a second, here alone; after the Hub was asked, whose answer it copies
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(GLUE[0], GLUE[1], revision=GLUE[2], split="test")
-    except Exception as error:  # of the network or of the Hub, each of its own kind
-        remedy = "give index<TAB>sentence with --file"
-        raise InputError(f"no Hub ({reason(error)}): {remedy}") from error
-    return table["sentence"], table["idx"]
-
-
-def export(path: Path, args: argparse.Namespace) -> None:
-    """Write the merged model as a plain Hugging Face folder, compared with the trained one beforehand."""
-    unmerged, merged = (load("", path, args.base, merged) for merged in (False, True))
+def export(models: list[Model], args: Namespace) -> None:
+    """Write the merged model for transformers, if it answers alike."""
+    (merged,) = models
+    trained = load("", merged.path, args.base, merged=False)
     merged.base.tokenizer.model_max_length = merged.max_length
     texts = ["A warm, funny film.", "It never ends.", "so long " * merged.max_length]
-    tokens, _ = read_tokens(texts, merged)
-    expected = probabilities(unmerged, tokens, 1)
-    logits = predict(unmerged.base.model, tokens, 1)
-    differences = []
+    expected = probabilities(trained, texts)[0].log()  # logits, but for a constant
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
         merged.base.tokenizer.save_pretrained(temporary)
-        options = {"truncation": True, "top_k": None, "device": "cpu"}
-        run_pipeline = transformers.pipeline("text-classification", str(temporary), **options)
-        for answer, row in zip(run_pipeline(texts), expected.tolist(), strict=True):
-            scores = {pair["label"]: pair["score"] for pair in answer}
-            differences.extend(abs(scores[name] - p) for name, p in zip(merged.label_names, row, strict=True))
-        off = (predict(run_pipeline.model, tokens, 1) - logits).abs().max().item()
-        if not (off <= 1e-3 and all(difference <= 1e-4 for difference in differences)):  # NaN is not small
-            what = f"the pipeline's logits differ from the trained model's by {off:.1e}"
-            raise InputError(f"--export: {what}; nothing is written")
+        pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
+        found, _ = probabilities(merged._replace(base=pipeline), texts)
+        off = (found.log() - expected).abs().max().item()
+        if not off <= 1e-3:  # NaN is not small
+            raise InputError(f"--export: merging {merged.path} moves its logits by {off:.1e}; train again")
+        print(f"the merged model's logits differ by at most {off:.1e}")
 
     write_folder(args.export, write)
-    what = f"the pipeline's probabilities differ from the trained model's by at most {max(differences):.1e}"
-    print(f"saved {args.export.resolve()}; {what}")
+    print(f"saved {args.export}")
+
+
+JOBS = {  # what replaces printing the answers, and the other flags that go with it
+    "label_column": (judge, {"file", "text_column", "unsure", "json"}),
+    "output": (write_answers, {"file", "text_column", "unsure"}),
+    "glue": (write_glue, {"file", "text_column"}),
+    "web": (serve, {"text_column", "unsure", "explain"}),
+    "export": (export, set()),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    paths = choose_models(args)
-    if args.export:
-        return export(paths[0], args)
-    asked = args.sentences or args.file or args.glue or args.web or args.output
-    prompted = not asked and sys.stdin is not None and sys.stdin.isatty()
-    table = read_file(args.file) if is_table(args.file) else None
-    reads_texts = not (prompted or args.glue or args.web or args.label_column)
-    texts = read_texts(args, table) if reads_texts else []
-    models = load_all(paths, args.base)
-    check_unsure(models, args)
-    if args.web:
-        serve(models, args)
-    elif args.glue:
-        write_glue(models[0], table, args)
-    elif args.label_column:
-        judge(models, table, args)
-    elif args.output:
-        write_answers(models, texts, table, args)
-    elif prompted:
+    job = check_flags(args)
+    models = load_all(choose_models(args), args.base)
+    if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
+        raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
+    if job:
+        JOBS[job][0](models, args)
+    elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
         prompt(models, args)
     else:
-        answer_all(models, texts, args, headed=len(args.sentences) != 1 or args.file is not None)
+        headed = len(args.sentences) != 1 or args.file is not None
+        answer_all(models, read_texts(args)[0], args, headed)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="to judge (default: standard input, or a prompt)")
-    help = "may be repeated (default: what training wrote)"
-    add("--model", type=Path, action="append", metavar="PATH", help=help)
-    add("--base", metavar="PATH", help="where the base model lies (default: where it lay in training)")
+    add("sentences", nargs="*", metavar="SENTENCE", help="(default: standard input, or a prompt)")
+    help = "FILE.pt or a folder of lora_peft.py, or several (default: what training wrote)"
+    add("--model", type=Path, action="append", default=[], metavar="PATH", help=help)
+    add("--base", metavar="PATH", help="of the base model (default: where it lay in training)")
     add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
-    add("--text-column", help="of a table (default: sentence, text, review, ... or the one of long texts)")
-    add("--label-column", help="judge the models by this column of --file, then exit (default: off)")
-    help = f"write the table, or the lines, with the answers beside them ({', '.join(ANSWERS)}; default: off)"
+    add("--text-column", help="of a table (default: sentence, text, ... or the one of long texts)")
+    add("--label-column", help="judge the models by this column of --file (default: off)")
+    help = f"write the rows or lines with their answers ({', '.join(ENDINGS)}; default: off)"
     add("--output", type=Path, metavar="FILE", help=help)
     help = 'answer "unsure" below this many percent (default: 0, never)'
-    add("--unsure", type=between(float, 0, 100), default=0.0, metavar="PERCENT", help=help)
-    batch_size = between(int, 1, 10**6)
-    add("--batch-size", type=batch_size, default=32, help="sentences at a time (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object a line and nothing else (default: off)")
-    add("--explain", action="store_true", help="show what each word does to the probability (default: off)")
-    add("--web", action="store_true", help="open a page on this machine (default: off)")
-    help = "write GLUE's SST-2 submission to it, then exit (default: off)"
-    add("--glue", type=Path, metavar="FILE", help=help)
-    help = "write the merged model, then exit (default: off)"
-    add("--export", type=Path, metavar="FOLDER", help=help)
+    add("--unsure", type=float, default=0.0, metavar="PERCENT", help=help)
+    add("--json", action="store_true", help="print one JSON object a line")
+    add("--explain", action="store_true", help="show what each word does")
+    add("--web", action="store_true", help="open a page on this machine")
+    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
+    add("--export", type=Path, metavar="FOLDER", help="write the merged model")
     return parser
 
 
-def is_submission(path: Path) -> bool:
-    """Whether this file is an earlier --glue, which may be replaced."""
-    with open(path, "rb") as file:
-        return file.read(17) == b"index\tprediction\n"
-
-
-def choose_models(args: argparse.Namespace) -> list[Path]:
-    """The trained models to ask; raises InputError for flags that do not go together."""
-    jobs = {"--glue": args.glue, "--export": args.export, "--web": args.web, "--output": args.output}
-    jobs = [flag for flag, given in (jobs | {"--label-column": args.label_column}).items() if given]
-    if len(jobs) > 1:
-        raise InputError(f"{' and '.join(jobs)}: one at a time; leave the rest out")
-    if args.sentences and (jobs and (jobs != ["--output"] or is_table(args.file))):
-        raise InputError(f"{jobs[0]} answers no sentences of the command line; leave them out")
-    if args.file and jobs and jobs[0] in ("--export", "--web"):
-        raise InputError(f"{jobs[0]} reads no --file; leave it out")
-    if args.label_column is not None and not (args.label_column and is_table(args.file)):
-        raise InputError(f"--label-column names a column of a table in --file: {listed(FORMATS)}")
-    if args.explain and jobs and not args.web:
-        raise InputError(f"{jobs[0]} explains no words; leave out --explain")
-    if args.json and jobs and not args.label_column:
-        raise InputError(f"{jobs[0]} prints no JSON; leave out --json")
-    if 0 < args.unsure <= 1:
+def check_flags(args: Namespace) -> str | None:
+    """The job that the flags ask for."""
+    given = {name for name, value in vars(args).items() if value not in (None, False, [], 0)}
+    job = next((name for name in JOBS if name in given), None)
+    if job and (extra := sorted(given - JOBS[job][1] - {job, "model", "base"})):
+        flags = [f"--{name.replace('_', '-')}" for name in (job, *extra)]
+        raise InputError(f"{flags[0]} does not go with {listed(flags[1:])}; leave one out")
+    if job == "label_column" and not (args.label_column and ending(args.file) in FORMATS):
+        raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
+    if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
-    if args.unsure and (args.glue or args.export):
-        raise InputError(f"{jobs[0]} takes every answer; leave out --unsure")
     if args.output:
-        check_new_file(args)
-    if args.glue and (args.glue.is_dir() or (args.glue.exists() and not is_submission(args.glue))):
-        raise InputError(f"--glue {args.glue}: something else stands there; name another file to write to")
-    if args.export and any(args.export.glob("*")):
-        raise InputError(f"--export {args.export}: that folder has files in it; name a new one")
-    twice = [path for path, count in Counter(map(os.path.realpath, args.model or [])).items() if count > 1]
-    if twice:
-        raise InputError(f"--model {twice[0]} is named twice; name each once")
-    paths = args.model or [path for path in TRAINED if path.exists()] or [p for p in DEMOS if p.exists()]
-    if not paths:
-        others = sorted(map(str, Path("model").glob("*.pt")))
-        if others:
-            raise InputError(f"no adapter of SST-2 or the demo; choose with --model among {listed(others)}")
-        what = "python lora_scratch.py makes one, with --demo in a minute"
-        raise InputError(f"no adapter in model/ yet: {what}")
-    if (args.glue or args.export) and len(paths) > 1:
-        among = ", ".join(map(str, paths))
-        raise InputError(f"--glue and --export take one model; choose with --model among {among}")
-    return paths
+        if ending(args.output) not in ENDINGS:
+            raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
+        if not args.file and sys.stdin and sys.stdin.isatty():
+            raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
+        with refusing(f"--output {args.output} cannot be made", "name a new file"):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.touch(exist_ok=False)
+            args.output.unlink()
+    is_submission = args.glue and args.glue.is_file() and args.glue.read_bytes().startswith(b"index\tpred")
+    if args.glue and args.glue.exists() and not is_submission:
+        raise InputError(f"--glue {args.glue} already exists; name a new file")
+    if args.export and args.export.exists() and (args.export.is_file() or any(args.export.iterdir())):
+        raise InputError(f"--export {args.export} already exists; name a new folder")
+    return job
 
 
-def check_new_file(args: argparse.Namespace) -> None:
-    """Raise InputError for an --output that stands there already, cannot be written, or has no input."""
-    if args.output.suffix.lower() not in ANSWERS:
-        raise InputError(f"--output {args.output}: give a name that ends in {listed(ANSWERS)}")
-    if args.output.exists() or args.output.is_symlink():
-        raise InputError(f"--output {args.output}: there is something already; name a new file")
-    if not args.file and not args.sentences and (sys.stdin is None or sys.stdin.isatty()):
-        raise InputError("--output: there is nothing to answer; give a --file, sentences or a pipe")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        probe_place(args.output.resolve().parent, args.output.name)
-    except OSError as error:
-        what = f"cannot write there ({error.strerror or reason(error)}); name another place"
-        raise InputError(f"--output {args.output}: {what}") from error
-
-
-def check_unsure(models: list[Model], args: argparse.Namespace) -> None:
-    for model in models:
-        if args.unsure and UNSURE in model.label_names:
-            raise InputError(f"--unsure: {UNSURE!r} is a label of {model.path}; leave it out")
+def choose_models(args: Namespace) -> list[Path]:
+    """The trained models to ask."""
+    paths = list(map(os.path.realpath, args.model))
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")
+    found = args.model
+    for data in ("distilbert_sst2", "demo"):  # as training names what it writes
+        files = Path(f"model/lora_scratch_{data}.pt"), Path(f"model/lora_peft_{data}")
+        found = found or [path for path in files if path.exists()]
+    if not found:
+        raise InputError("no model of SST-2 or the demo in ./model; train one, or see --model")
+    if (args.glue or args.export) and len(found) > 1:
+        raise InputError(f"--glue and --export take one --model; choose among {listed(found)}")
+    return found
 
 
 if __name__ == "__main__":
-    try:
-        run(main, keep_going=False)
-    except BrokenPipeError:  # a reader that has enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        sys.exit(141)
+    run(main)

@@ -1,0 +1,320 @@
+"""What a user does with a trained model and a table: judge it, compare two, get it back with answers."""
+
+import codecs
+import csv
+import datetime
+import decimal
+import itertools
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+from unittest.mock import Mock
+
+import lora_scratch
+
+import datasets
+import pandas
+import pyarrow
+import pytest
+import torch
+from conftest import BAD, GOOD, SCRATCH, ask, ask_json, flags, refused, write
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+import playground
+
+ROWS = [(text, "positive") for text in GOOD.split("|")] + [(text, "negative") for text in BAD.split("|")]
+PAIRS = [(text, int(label == "positive")) for text, label in ROWS]
+HERE = ["--model", SCRATCH, "--file"]
+
+
+def write_csv(path: Path, rows: list[tuple], header: tuple = ("text", "label")) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def read_csv(path: Path, sep: str = ",", encoding: str = "utf-8") -> list[list[str]]:
+    with open(path, encoding=encoding, newline="") as file:
+        return list(csv.reader(file, delimiter=sep))
+
+
+def judge(table: Path, *more: object, column: str = "label") -> list[dict]:
+    return ask_json(*HERE, table, "--label-column", column, *more)
+
+
+def test_judging_gives_the_counts_the_interval_and_the_surest_mistakes(here, tmp_path) -> None:
+    wrong = [("a warm and funny film", "negative"), ("I hated it", "positive")]
+    table = write_csv(tmp_path / "t.csv", [*ROWS, ("  ", "positive"), *wrong], ("text", "about"))
+    said = ask(*HERE, table, "--label-column", "about").splitlines()
+    assert "LoRA_scratch" in said[0] and "12 sentences" in said[0]
+    mistakes = [re.search(r"row (\d+), given (\w+), answered (\w+)", line).groups() for line in said[1:3]]
+    assert sorted(mistakes) == [("12", "negative", "positive"), ("13", "positive", "negative")]
+    assert "| a warm and funny film" in "\n".join(said[1:3])
+    assert "83.33 % (10/12), 95 % between 55 and 95" in said[-1] and "macro-F1 83.3 %" in said[-2]
+    (found,) = judge(table, column="about")
+    assert (found["correct"], found["total"], found["unsure"]) == (10, 12, 0)
+    assert found["confusion"] == [[5, 1], [1, 5]] and found["label_names"] == ["negative", "positive"]
+    sure = {one["row"]: one["probabilities"][one["label"]] for one in found["surest_mistakes"]}
+    assert list(sure.values()) == sorted(sure.values(), reverse=True) and sure.keys() == {12, 13}
+
+
+def test_numbers_are_the_labels_in_their_order_as_in_training(here, tiny_data, capsys) -> None:
+    record = json.loads(Path(SCRATCH).with_suffix(".json").read_text(encoding="utf-8"))["result"]
+    (found,) = judge(tiny_data / "dev.tsv")
+    assert found["confusion"] == record["confusion"] and "negative, positive" in capsys.readouterr().err
+
+
+def test_a_label_that_the_model_does_not_know_is_counted_as_wrong(here, tmp_path, capsys) -> None:
+    rows = [*ROWS, ("it is a film", "mixed"), ("the film", "mixed"), ("a", "off")]
+    (found,) = judge(write_csv(tmp_path / "t.csv", rows))
+    assert "mixed (2), off (1)" in capsys.readouterr().err
+    assert (found["correct"], found["total"]) == (10, 13)
+    assert found["label_names"] == ["negative", "positive", "mixed", "off"]
+    assert sum(found["confusion"][2]) == 2 and sum(found["confusion"][3]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([("a film", "x"), ("a story", "y")], ["negative, positive", "x (1), y (1)"]),
+        ([(" ", "positive")], []),
+        ([("a film", "")], ["row 1"]),
+        ([("a film", "0.5"), ("it", "1")], ["0.5"]),
+        ([("a film", "2"), ("it", "2")], ["2 (2)"]),
+    ],
+)
+def test_a_table_that_cannot_judge_is_refused(rows, named, here, tmp_path) -> None:
+    table = write_csv(tmp_path / "t.csv", rows)
+    refused(lambda: judge(table), "t.csv", *named)
+
+
+def test_class_names_in_the_file_are_its_labels_as_in_training(here, tmp_path) -> None:
+    names = ["positive", "negative"]  # the other way round than the model's
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = {"text": [text for text, _ in ROWS], "label": [names.index(label) for _, label in ROWS]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "t.parquet")
+    (found,) = judge(tmp_path / "t.parquet")
+    assert (found["correct"], found["total"]) == (10, 10)
+
+
+def test_number_labels_of_a_model_are_names_and_no_places(tiny_base, tmp_path, capsys) -> None:
+    table = write_csv(tmp_path / "t.csv", [(text, 1 + label) for text, label in PAIRS])
+    lora_scratch.main(flags(tiny_base, table, "--max-steps", 1, "--output", tmp_path / "a.pt"))
+    question = ["--model", tmp_path / "a.pt", "--label-column", "label", "--file"]
+    other = write_csv(tmp_path / "o.csv", [("a film", 0), ("it", 0)])
+    refused(lambda: ask(*question, other), "1, 2", "0 (2)")
+    for path, noted in ((table, True), (write_csv(tmp_path / "c.csv", read_csv(table)[1:]), False)):
+        capsys.readouterr()
+        ask(*question, path)
+        assert ("trained" in capsys.readouterr().err) == noted  # it judges by what it was trained on
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_sign_test_is_exact(one, other) -> None:
+    count = one + other
+    tail = sum(Fraction(math.comb(count, i), 2**count) for i in range(min(one, other) + 1))
+    assert playground.sign_test(one, other) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-10)
+    normal = math.erfc(399 / math.sqrt(2 * 40_400))  # of many rows
+    assert playground.sign_test(20_000, 20_400) == pytest.approx(normal, rel=1e-3)
+
+
+def test_two_models_are_compared_on_the_rows_that_they_answer_differently(here, tiny_base, tiny_data, tmp_path) -> None:
+    other = tmp_path / "b.pt"  # which answers one label
+    more = ["--max-steps", 1, "--lr", 0, "--label-names", "negative", "positive", "--output", other]
+    lora_scratch.main(flags(tiny_base, tiny_data, *more))
+    table = write_csv(tmp_path / "t.csv", ROWS)
+    one, two, pair = judge(table, "--model", other)
+    assert one["correct"] == 10 and two["correct"] == 5
+    assert pair == {"models": [SCRATCH, str(other)], "alone_right": [5, 0], "p": pytest.approx(2 / 2**5)}
+    said = ask(*HERE, table, "--label-column", "label", "--model", other).splitlines()[-1]
+    assert SCRATCH in said and "p = 0.062" in said and "better" not in said
+
+
+def test_a_csv_keeps_every_column_row_and_character(here, tmp_path) -> None:
+    header = ("", "label", "text", "", "label", " spaced ")
+    rows = [
+        ("1", "NA", 'a "warm" film, and\nfunny', "007", "null", "é"),
+        ("2", "", "   ", "1.50", "NaN", ""),
+        ("3", "x", "I hated it", "1e5", "-", "\t"),
+    ]
+    question = [*HERE, write_csv(tmp_path / "t.csv", rows, header), "--text-column", "text"]
+    assert "a.csv" in ask(*question, "--output", tmp_path / "new" / "a.csv")
+    found = read_csv(tmp_path / "new" / "a.csv")
+    assert found[0] == [*header, "model_label", "model_probability"]
+    assert [tuple(row[:-2]) for row in found[1:]] == rows
+    assert [row[-2] for row in found[1:]] == ["positive", "", "negative"] and found[2][-1] == ""
+    expected = max(ask_json("--model", SCRATCH, rows[0][2])[0]["probabilities"].values())
+    assert float(found[1][-1]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('id,text\n1,"good\rfilm"\n2,I hated it\n', [["1", "good\rfilm"], ["2", "I hated it"]]),
+        ("text\nI loved it\n\nfilm\n", [["I loved it", "positive"], ["", ""], ["film", "positive"]]),
+        ("\ufefftext;n\nI loved it é;1\n", [["I loved it é", "1"]]),
+    ],
+)
+def test_a_csv_keeps_carriage_returns_blank_lines_marks_and_separators(content, rows, here, tmp_path) -> None:
+    output, mark = tmp_path / "a.csv", content.startswith("\ufeff")
+    ask(*HERE, write(tmp_path / "t.csv", content), "--output", output)
+    assert output.read_bytes().startswith(codecs.BOM_UTF8) == mark
+    found = read_csv(output, ";" if mark else ",", "utf-8-sig")[1:]
+    assert [row[:2] for row in found] == rows
+    assert len(pandas.read_csv(output, sep=";" if mark else ",")) == len(rows)
+
+
+def test_a_tsv_has_no_quotes_and_refuses_what_it_cannot_hold(here, tmp_path) -> None:
+    table = write(tmp_path / "t.tsv", b'sentence\tn\r\n"I loved it\t1\r\nI hated it"\t2\r\n')
+    ask(*HERE, table, "--output", tmp_path / "a.tsv")
+    lines = (tmp_path / "a.tsv").read_text(encoding="utf-8").splitlines()
+    kept = [line.rpartition("\t")[0] for line in lines]
+    assert kept == ["sentence\tn\tlabel", '"I loved it\t1\tpositive', 'I hated it"\t2\tnegative']
+    ask(*HERE, table, "--output", tmp_path / "a.csv")
+    assert read_csv(tmp_path / "a.csv")[1][:2] == ['"I loved it', "1"]  # with commas
+    table = write_csv(tmp_path / "two.csv", [("two\nlines", "1")])
+    refused(lambda: ask(*HERE, table, "--output", tmp_path / "b.tsv"), "b.tsv")
+    assert not (tmp_path / "b.tsv").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_json_lines_keep_their_values_and_what_is_missing_stays_missing(here, tmp_path) -> None:
+    rows = [{"text": "I loved it", "n": 1, "more": {"a": [1, None]}}, {"text": None, "n": None}]
+    rows += [{"text": "é", "x": 1.5}]
+    table = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
+    ask(*HERE, table, "--output", tmp_path / "a.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    answers = [(row.pop("label"), row.pop("probability")) for row in found]
+    assert found == rows and answers[0][0] == "positive" and answers[1] == (None, None)
+    ask(*HERE, table, "--output", tmp_path / "a.csv")
+    assert read_csv(tmp_path / "a.csv")[2] == ["", "", "", "", "", ""]
+
+
+def test_parquet_keeps_its_types_and_other_formats_its_values(here, tmp_path) -> None:
+    long, day = [*range(3000)], datetime.datetime(2020, 1, 1)
+    columns = {
+        "text": ["I loved it", None, "I hated it"],
+        "n": [1, None, 3],
+        "when": [day, None, day],
+        "price": [decimal.Decimal("1.50"), None, decimal.Decimal("2.00")],
+        "list": [long, None, []],
+        "half": [0.5, float("nan"), None],
+    }
+    table = pyarrow.table(columns)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    for ending in ("parquet", "jsonl", "csv"):
+        ask(*HERE, tmp_path / "t.parquet", "--output", tmp_path / f"a.{ending}")
+    found = parquet.read_table(tmp_path / "a.parquet")
+    assert found.select(table.column_names).schema.equals(table.schema)
+    assert all(found[name].to_pylist() == columns[name] for name in columns if name != "half")
+    assert found["label"].to_pylist() == ["positive", None, "negative"]
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[1]["n"] is None and rows[1]["half"] is None and rows[0]["list"] == long  # JSON has no NaN
+    assert json.loads(read_csv(tmp_path / "a.csv")[1][4]) == long
+    frame = pandas.DataFrame({"text": ["a", "b"], "kind": pandas.Categorical(["x", "y"])}, ["one", "two"])
+    frame.to_parquet(tmp_path / "f.parquet")
+    ask(*HERE, tmp_path / "f.parquet", "--output", tmp_path / "g.parquet")
+    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "g.parquet")[["text", "kind"]], frame)
+
+
+@pytest.mark.parametrize("suffix", playground.ENDINGS)
+def test_lines_become_a_table_in_little_memory(suffix, here, tmp_path, monkeypatch) -> None:
+    lines, output = [f"{number} I loved it" for number in range(2500)], tmp_path / f"a{suffix}"
+    taken, seen, read, classify = [], [], playground.read_lines, playground.classify
+    count = lambda *rest: (taken.append(line) or line for line in read(*rest))  # noqa: E731
+    monkeypatch.setattr(playground, "read_lines", count)
+    monkeypatch.setattr(playground, "classify", lambda *rest: seen.append(len(taken)) or classify(*rest))
+    ask("--file", write(tmp_path / "t.txt", "\n".join(lines)), "--output", output)
+    assert taken == lines and max(b - a for a, b in itertools.pairwise(seen)) <= 1024
+    options = {".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}, ".jsonl": {"lines": True}}.get(suffix, {})
+    readers = dict(zip(playground.ENDINGS, ("read_csv", "read_csv", "read_json", "read_parquet"), strict=True))
+    found = getattr(pandas, readers[suffix])(output, **options)
+    names = [f"{what} {model}" for model in ("LoRA_scratch", "LoRA_peft") for what in ("label", "probability")]
+    assert found.columns.tolist() == ["text", *names] and found["text"].tolist() == lines
+    assert found["probability LoRA_scratch"].between(0.5, 1).all()
+
+
+@pytest.mark.parametrize("values", [[1, '"x"'], [2**70], ["{}"]])
+def test_a_column_that_parquet_cannot_hold_is_refused(values, here, tmp_path) -> None:
+    table = write(tmp_path / "t.jsonl", "".join(f'{{"text": "a", "n": {n}}}\n' for n in values))
+    refused(lambda: ask(*HERE, table, "--output", tmp_path / "a.parquet"), "a.parquet", ".jsonl")
+    assert not (tmp_path / "a.parquet").exists()
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(here, tmp_path, monkeypatch) -> None:
+    table, output, real = write_csv(tmp_path / "t.csv", ROWS), tmp_path / "a.csv", playground.classify
+    monkeypatch.setattr(playground, "classify", lambda *rest: output.write_text("mine") and real(*rest))
+    refused(lambda: ask(*HERE, table, "--output", output), output)
+    assert output.read_text() == "mine" and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_gpu_is_no_mistake_in_the_table(here, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(playground, "classify", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):  # run names the remedy
+        ask(*HERE, write_csv(tmp_path / "t.csv", ROWS), "--output", tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--file t.csv --output there.csv", ["there.csv"]),
+        ("--file t.csv --output a.txt", ["a.txt", ".csv"]),
+        ("--file t.csv --output no_folder.txt/a.csv", ["no_folder.txt"]),
+        ("--file t.csv --output a.csv --label-column label", ["--output", "--label-column"]),
+        ("--file t.csv --output a.csv --json", ["--output", "--json"]),
+        ("--file t.csv --output a.csv sentence", ["--output", "sentences"]),
+        ("--output a.csv", ["a.csv", "--file"]),
+        ("--file t.csv --web", ["--web", "--file"]),
+        ("--file t.csv --unsure 0.8", ["0.8"]),
+        ("--unsure 101 sentence", ["101"]),
+        ("--file t.csv --unsure 50 --glue a.tsv", ["--glue", "--unsure"]),
+        ("--file t.csv --label-column=", ["--label-column"]),
+        ("--label-column label", ["--label-column"]),
+        ("--out a.csv", ["--out"]),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_before_a_model_is_loaded(
+    arguments, named, here, tmp_path, monkeypatch
+) -> None:
+    model = str(here / SCRATCH)
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("t.csv"), ROWS)
+    write(Path("there.csv"), "mine")
+    write(Path("no_folder.txt"), "mine")
+    monkeypatch.setattr(playground, "load_all", None)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    refused(lambda: ask("--model", model, *arguments.split()), *named)
+    assert Path("there.csv").read_text() == "mine" and not Path("a.csv").exists()
+
+
+def test_unsure_is_the_answer_below_the_given_probability_everywhere(here, tmp_path) -> None:
+    texts = ["I loved it", "a", "film", "it never ends", "the"]
+    sure = [max(answer["probabilities"].values()) for answer in ask_json("--model", SCRATCH, *texts)]
+    limit = 100 * sorted(sure)[2] - 1e-4
+    below = [100 * p < limit for p in sure]
+    question = ["--model", SCRATCH, "--unsure", limit]
+    assert [answer["label"] == "unsure" for answer in ask_json(*question, *texts)] == below
+    assert ["Unsure" in line for line in ask(*question, *texts).splitlines()[1::2]] == below
+    table = write_csv(tmp_path / "t.csv", [(text, "positive") for text in texts])
+    ask(*question, "--file", table, "--output", tmp_path / "a.csv")
+    assert [row[-2] == "unsure" for row in read_csv(tmp_path / "a.csv")[1:]] == below
+    (found,) = judge(table, "--unsure", limit)
+    assert found["unsure"] == sum(below) and found["total"] == len(texts) - sum(below)
+
+
+def test_a_label_of_that_name_is_refused_and_all_can_be_unsure(here, tiny_base, tmp_path) -> None:
+    rows = [(text, "unsure" if label == "positive" else label) for text, label in ROWS]
+    table, model = write_csv(tmp_path / "t.csv", rows), tmp_path / "a.pt"
+    lora_scratch.main(flags(tiny_base, table, "--max-steps", 1, "--output", model))
+    refused(lambda: ask("--model", model, "--unsure", 50, "I loved it"), "--unsure", model)
+    refused(lambda: judge(table, "--unsure", 50), "--unsure", table)
+    (found,) = ask_json("--model", model, "--file", table, "--label-column", "label")
+    assert found["total"] == 10 and found["unsure"] == 0  # a label like any other
+    rows = write_csv(tmp_path / "r.csv", [("the", "positive")])
+    (found,) = judge(rows, "--unsure", 100)
+    assert found["total"] == 0 and "accuracy" not in found
+    assert "1 unsure" in ask(*HERE, rows, "--unsure", 100, "--label-column", "label")
