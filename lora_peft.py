@@ -1,12 +1,11 @@
-"""The experiment of lora_scratch.py through Hugging Face PEFT, and the way between the two formats.
+"""The experiment of lora_scratch.py through Hugging Face PEFT, and the way between their formats.
 
-Data, loop, schedule and record are imported from lora_scratch.py: every line here is about what PEFT
-replaces, that is building, saving, loading and converting. Given PEFT's initial tensors, both scripts
-train alike.
+Data, loop, schedule and record are imported from lora_scratch.py: here is what PEFT replaces, that
+is building, saving, loading and converting. Given PEFT's initial tensors, both scripts train alike.
 
     python lora_peft.py                                  # as lora_scratch.py, with the same flags
     python lora_peft.py --use-dora                       # a variant that only PEFT has
-    python lora_peft.py --import-scratch FILE.pt --output FOLDER    # handwritten checkpoint → adapter
+    python lora_peft.py --import-scratch FILE.pt --output FOLDER    # a checkpoint → an adapter
     python lora_peft.py --export-scratch FOLDER --output FILE.pt    # and back, bit for bit
 
 The result is an adapter folder that PEFT loads without this project: see the README.
@@ -24,11 +23,11 @@ from pathlib import Path
 
 # isort: off
 # Before PyTorch: it sets how its threads wait.
-from lora_scratch import FORMAT, Base, InputError, TrainingState, adapter_facts, calibrate, check_facts
-from lora_scratch import check_output, choose_recipe, copy_all, describe, evaluate, find_targets
-from lora_scratch import find_trained_base, finish, last_name, load_base, load_checkpoint, load_tables
-from lora_scratch import make_parser, parse_flags, predict, prepare_machine, refusing, run, tokenize
-from lora_scratch import save_checkpoint, speed_up, tensors_to_save, train, write_folder
+from lora_scratch import Base, InputError, find_targets, last_name, load_base, predict, speed_up, train
+from lora_scratch import TrainingState, calibrate, describe, evaluate, finish, make_parser, parse_flags, run
+from lora_scratch import check_output, choose_recipe, load_tables, prepare_machine, tokenize
+from lora_scratch import FORMAT, adapter_facts, check_facts, copy_all, find_trained_base, load_checkpoint
+from lora_scratch import refusing, save_checkpoint, tensors_to_save, write_folder
 # isort: on
 
 import peft
@@ -36,14 +35,15 @@ from torch import Tensor
 
 FACTS_FILE = "lora_peft.json"  # in the adapter folder: what a checkpoint says beside its tensors
 TENSORS_FILE = "adapter_model.safetensors"
-MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "modules_to_save"}
+MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+MAY_DIFFER |= {"modules_to_save"}
 
 
 # === The adapter ================================================================================
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
-    """PEFT's configuration for the same adapter; the head is named whole, as PEFT matches by suffix."""
+    """PEFT's configuration for the same adapter; by suffix PEFT would find too little or too much."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
@@ -77,7 +77,7 @@ def wrap(base: Base, config: peft.LoraConfig, train_head: bool = True) -> peft.P
 
 
 def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by lora_scratch.py's names: X.lora_A.default.weight is X.lora_A, and so the head."""
+    """The tensors by lora_scratch.py's names: X.lora_A.default.weight is X.lora_A."""
     spared = {name: tensor for name, tensor in named.items() if ".original_module." not in name}
     head = {name.replace(".modules_to_save.default.", "."): t for name, t in spared.items()}
     return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name): t for name, t in head.items()}
@@ -132,7 +132,7 @@ def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict)
 
     def write(temporary: Path) -> None:
         adapter.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # a form to fill in, over one of the user's
+        (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
         base.tokenizer.save_pretrained(temporary)
         written = {**facts, "format": FORMAT, "tensors": digest_of(temporary)}
         (temporary / FACTS_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
@@ -144,13 +144,12 @@ def digest_of(folder: Path) -> str:
     return sha256((folder / TENSORS_FILE).read_bytes()).hexdigest()
 
 
-def load_adapter(folder: str | Path, base_name: str | None = None, merge=False, load=load_base):
-    """(Base, facts) of an adapter folder of this script: the trained model in float32, on the CPU.
+def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) -> tuple[Base, dict]:
+    """The trained model of an adapter folder in float32, on the CPU, and its facts.
 
-    It has PEFT's layers in it, or is the plain merged one where `merge`. `base_name` says where the
-    base is if it has moved, and `load` how to get it; one that others share must not be merged.
-    Raises InputError for a folder that is no adapter, for another base, for settings that this
-    project does not write, and for tensors that do not fit.
+    It has PEFT's layers in it, or is the plain merged one where `merge`. `base_name` says where its
+    base is now. Raises InputError for a folder that is no adapter, another base, settings that this
+    project does not write, or tensors that do not fit.
     """
     folder = Path(folder)
     with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
@@ -160,7 +159,7 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False, 
         if facts.get("tensors", digest_of(folder)) != digest_of(folder):
             raise ValueError("a run was interrupted while it saved these tensors")
         check_facts(facts, tensors)
-        base = find_trained_base(facts, base_name, load)
+        base = find_trained_base(facts, base_name)
         config = make_config(base, facts, getattr(found, "use_dora", None) is True)
         settings, wanted = plain(found), plain(config)
         for key in wanted.keys() - MAY_DIFFER:
@@ -173,15 +172,15 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False, 
 
 def plain(config: peft.PeftConfig) -> dict:
     """PEFT's settings, with sets and lists in one order."""
-    ordered = {k: sorted(map(str, v)) for k, v in vars(config).items() if isinstance(v, (set, list))}
-    return config.to_dict() | ordered
+    several = {k: v for k, v in vars(config).items() if isinstance(v, (set, list))}
+    return config.to_dict() | {k: sorted(map(str, v)) for k, v in several.items()}
 
 
 # === Conversion =================================================================================
 
 
 def convert(args: Namespace) -> None:
-    """Write a checkpoint as an adapter folder, or a folder as a checkpoint, and compare their answers."""
+    """Write a checkpoint as an adapter folder, or the other way round, and compare their answers."""
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
@@ -191,14 +190,15 @@ def convert(args: Namespace) -> None:
         source, facts = load_checkpoint(args.import_scratch, args.model)
         tensors = facts.pop("state_dict")
         answers = two_answers(args.import_scratch, source)
-        base = find_trained_base(facts, args.model, load_base)
+        base = find_trained_base(facts, args.model)
         adapter = wrap(base, make_config(base, facts))
         copy_all(tensors, tensors_to_save(own_names(base.model.state_dict()), base.head))
         save_adapter(args.output, adapter, base, facts)
         converted, _ = load_adapter(args.output, args.model)
     else:
         source, facts = load_adapter(args.export_scratch, args.model)
-        state, several = source.model.state_dict(), any(args.export_scratch.glob("*/adapter_config.json"))
+        state = source.model.state_dict()
+        several = any(args.export_scratch.glob("*/adapter_config.json"))
         if several or any("lora_magnitude" in name for name in state):
             what = "several adapters" if several else "use_dora=True"
             raise InputError(f"{args.export_scratch}: the .pt format cannot hold {what}; use PEFT")
@@ -216,7 +216,7 @@ def two_answers(path: Path, base: Base) -> Tensor:
     texts = ["A warm, funny film.", "It never ends, and never begins."]
     answers = predict(base.model, tokenize(texts, base.tokenizer, 16), 2)
     if not answers.isfinite().all():
-        raise InputError(f"{path}: its answers are not finite; its tensors or its alpha are too large")
+        raise InputError(f"{path}: its answers are not finite; train it again")
     return answers
 
 

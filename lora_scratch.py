@@ -350,11 +350,11 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length:
     return {"fingerprint": digest.hexdigest(), "tokenizer": words, "answer": answer[0, 0, :8].tolist()}
 
 
-def find_trained_base(facts: dict, base_name: str | None, load: Callable[..., Base]) -> Base:
+def find_trained_base(facts: dict, base_name: str | None) -> Base:
     """The base that a checkpoint's facts name, or `base_name`; InputError for another one."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
-    base = load(name, revision, facts["label_names"], facts["max_length"])
+    base = load_base(name, revision, facts["label_names"], facts["max_length"])
     now = base.identity
     then = now | facts  # old files have no answer
     differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
@@ -566,17 +566,10 @@ def as_frame(table) -> DataFrame:
     return frame
 
 
-def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple:
+def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
     """The columns of text and label: those given, or by their names, or by what they hold."""
-    is_guessed = not (text or label)
     text = text or choose_column(where, table, "text")
-    label = label or choose_column(where, table, "label", taken=text)
-    if is_guessed and (len(text) > 40 or label in table[label].head(2000).astype(str).tolist()):
-        what = f"its first row looks like data: {listed(list(table.columns))}"
-        raise InputError(f"{where}: {what}; put a row of names above it")
-    if (text, label) != ("sentence", "label"):
-        note(f"{where}: {text!r} is taken for the text, {label!r} for the label")
-    return text, label
+    return text, label or choose_column(where, table, "label", taken=text)
 
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> str:
@@ -590,6 +583,10 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> s
     if len(found) != 1:
         problem = f"which column is the {what}, of {listed(found or names)}, is not clear"
         raise InputError(f"{where}: {problem}; say it with --{what}-column")
+    if len(found[0]) > 40 or found[0] in table[found[0]].head(2000).astype(str).tolist():
+        raise InputError(f"{where}: its first row looks like data: {listed(names)}; put names above it")
+    if found[0] != usual[0]:
+        note(f"{where}: {found[0]!r} is taken for the {what}")
     return found[0]
 
 
@@ -713,7 +710,7 @@ def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable)
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
 
-def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_base) -> tuple[Base, dict]:
+def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
     """The trained model in float32, on the CPU, and its facts; `base_name` says where its base is now.
 
     Raises InputError for a file that is no checkpoint, another base, or tensors that do not fit.
@@ -721,7 +718,7 @@ def load_checkpoint(path: str | Path, base_name: str | None = None, load=load_ba
     checkpoint = read_tensors(path)
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
         check_facts(checkpoint, checkpoint["state_dict"])
-        base = find_trained_base(checkpoint, base_name, load)
+        base = find_trained_base(checkpoint, base_name)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
         tensors = tensors_to_save(base.model.state_dict(), base.head)
         copy_all(checkpoint["state_dict"], tensors)
@@ -786,8 +783,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_folder(path: Path, write: Callable[[Path], object], last: str = "") -> None:
     """Let `write` fill a temporary folder, then move its files to `path`, the one named `last` last."""
     with refusing(f"cannot write {path}", "make room or name another place"):
-        path.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=path) as temporary:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=path.resolve().parent) as temporary:
             write(Path(temporary))
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
                 write_file(path / file.name, lambda new, old=file: new.write_bytes(old.read_bytes()))

@@ -89,10 +89,6 @@ def read_texts(args: Namespace) -> tuple[Iterable[str], object]:
     if ending(args.file) in FORMATS:
         table = read_file(args.file)
         column = args.text_column or choose_column(args.file, table, "text")
-        if not args.text_column and len(column) > 40:
-            raise InputError(f"{args.file} starts with data, {visible(column, 40)}; put names above it")
-        if column not in (args.text_column, "sentence"):
-            note(f"{args.file}: {column!r} is taken for the text")
         texts = read_rows(args.file, table, column)["text"]  # without the blank ones
         texts = texts.reindex(range(1, len(table) + 1), fill_value="")
         return [*args.sentences, *texts], table

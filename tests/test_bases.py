@@ -286,7 +286,7 @@ def test_demo_changes_defaults_that_can_still_be_given(tmp_path: Path, monkeypat
 def test_demo_without_its_base_model_names_what_makes_it(script, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(lambda: script.main(["--demo"]), "./setup.sh --demo")
-    assert not any(tmp_path.iterdir())
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.slow
