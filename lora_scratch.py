@@ -150,7 +150,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
-    scaler = torch.amp.GradScaler(model.device.type, enabled=compute_dtype(model) == torch.float16)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     first_step = state.begin(total_steps, steps_per_epoch, optimizer, scaler)  # 0, or --resume's
     network = share_gradients(model, args.seed)  # one process: the model; several: the mean of theirs
 
@@ -992,9 +992,9 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     versions["transformers"], precision = transformers.__version__, str(dtype).removeprefix("torch.")
     shown = ", ".join(map(" ".join, versions.items()))
     print(f"{'machine':12}{hardware}, {precision}; {shown}", flush=True)
-    record = {"format": FORMAT, "settings": json.loads(json.dumps(vars(args), default=str))}
-    record |= {"versions": versions, "hardware": hardware, "precision": precision}
-    return record | {"parameters": counts, "epochs": []}
+    record = {"settings": json.loads(json.dumps(vars(args), default=str)), "versions": versions}
+    record |= {"hardware": hardware, "precision": precision, "parameters": counts}
+    return record | {"epochs": []}
 
 
 def calibrate(model: nn.Module, sentences: Tokens) -> float:
@@ -1221,10 +1221,11 @@ def check_output(output: Path, is_file: bool) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether this file's content says that this project wrote it."""
+    kinds = {"format", "state_dict"}, {"format", "trained"}, {"format", "fingerprint"}
     with contextlib.suppress(InputError), refusing(path, "not readable"):
         is_json = path.suffix == ".json"
         found = json.loads(path.read_text("utf-8")) if is_json else read_tensors(path)
-        return "format" in found or {"settings", "loss_curve"} <= found.keys()
+        return any(keys <= found.keys() for keys in (*kinds, {"settings", "epochs"}))
     return False
 
 
@@ -1348,15 +1349,9 @@ def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
     return base.model
 
 
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The type in which the base is held: that of its embeddings, the first parameter."""
-    return next(model.parameters()).dtype
-
-
 def autocast(model: nn.Module) -> torch.autocast:
-    """Compute in the type in which the base is held; what is trained stays float32."""
-    dtype = compute_dtype(model)
-    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+    """Compute in the type in which the base is held, its first parameter's; what is trained is float32."""
+    return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
 
 def compute_cls_only(model: nn.Module) -> None:

@@ -196,11 +196,6 @@ def test_a_tokenizer_may_have_no_limit_and_the_positions_have_one(limit, copied)
     refused(lambda: load(copied, 129), copied, "129", "128")
 
 
-def test_texts_are_cut_at_the_end_whatever_the_tokenizer_says(copied) -> None:
-    in_json("tokenizer_config.json", truncation_side="left")(copied)
-    assert load(copied).tokenizer.truncation_side == "right"
-
-
 def test_robertas_reserved_positions_are_no_room_for_tokens(tiny_base, tmp_path) -> None:
     """Its positions begin after the number of its padding token: 100 are room for 98 tokens."""
     config = transformers.RobertaConfig(**TINY, pad_token_id=1, max_position_embeddings=100)

@@ -123,7 +123,9 @@ def test_the_sign_test_is_exact(one, other) -> None:
     assert playground.sign_test(20_000, 20_400) == pytest.approx(normal, rel=1e-3)
 
 
-def test_two_models_are_compared_on_the_rows_that_they_answer_differently(here, tiny_base, tiny_data, tmp_path) -> None:
+def test_two_models_are_compared_on_the_rows_that_they_answer_differently(
+    here, tiny_base, tiny_data, tmp_path
+) -> None:
     other = tmp_path / "b.pt"  # which answers one label
     more = ["--max-steps", 1, "--lr", 0, "--label-names", "negative", "positive", "--output", other]
     lora_scratch.main(flags(tiny_base, tiny_data, *more))
@@ -231,9 +233,13 @@ def test_lines_become_a_table_in_little_memory(suffix, here, tmp_path, monkeypat
     ask("--file", write(tmp_path / "t.txt", "\n".join(lines)), "--output", output)
     assert taken == lines and max(b - a for a, b in itertools.pairwise(seen)) <= 1024
     options = {".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}, ".jsonl": {"lines": True}}.get(suffix, {})
-    readers = dict(zip(playground.ENDINGS, ("read_csv", "read_csv", "read_json", "read_parquet"), strict=True))
+    readers = dict(
+        zip(playground.ENDINGS, ("read_csv", "read_csv", "read_json", "read_parquet"), strict=True)
+    )
     found = getattr(pandas, readers[suffix])(output, **options)
-    names = [f"{what} {model}" for model in ("LoRA_scratch", "LoRA_peft") for what in ("label", "probability")]
+    names = [
+        f"{what} {model}" for model in ("LoRA_scratch", "LoRA_peft") for what in ("label", "probability")
+    ]
     assert found.columns.tolist() == ["text", *names] and found["text"].tolist() == lines
     assert found["probability LoRA_scratch"].between(0.5, 1).all()
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import lora_scratch
 from lora_scratch import Base, load_base, load_checkpoint, predict
 
 import pytest
@@ -84,9 +85,8 @@ def test_a_target_may_have_a_namesake(tiny_base, tiny_data, tmp_path, monkeypatc
         base.model.distilbert.extra.q_lin = nn.Identity()
         return base
 
-    monkeypatch.setattr(lora_peft, "load_base", with_namesake)
-    monkeypatch.setattr(load_checkpoint, "__defaults__", (None, with_namesake))
-    monkeypatch.setattr(load_adapter, "__defaults__", (None, False, with_namesake))
+    for script in (lora_scratch, lora_peft):
+        monkeypatch.setattr(script, "load_base", with_namesake)
     lora_peft.main(flags(tiny_base, tiny_data, *SHORT, "--output", tmp_path / "p"))
     wrapped = {name.split(".lora_")[0] for name in read(tmp_path / "p")[0] if ".lora_" in name}
     blocks = [f"distilbert.transformer.layer.{i}.attention" for i in (0, 1)]

@@ -341,7 +341,12 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
     ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv")
     assert (tmp_path / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n"
     (asked, (where, what)), pinned = calls, lora_scratch.GLUE[2]
-    assert asked and where == ("nyu-mll/glue",) and what["revision"] == pinned and "sst2/test" in what["filename"]
+    assert (
+        asked
+        and where == ("nyu-mll/glue",)
+        and what["revision"] == pinned
+        and "sst2/test" in what["filename"]
+    )
     monkeypatch.setattr(playground, "hf_hub_download", lambda *a, **k: 1 / 0)
     refused(lambda: ask("--model", SCRATCH, "--glue", tmp_path / "other.tsv"), "--file")
 
@@ -366,7 +371,9 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
         ("--model S --web", ["pip install -r tests/requirements-web.txt"]),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_no_file(arguments, names, here, tmp_path, monkeypatch) -> None:
+def test_what_cannot_be_done_is_refused_and_changes_no_file(
+    arguments, names, here, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(shutil.copytree(here, tmp_path / "copy"))
     write(Path("t/no_index.tsv"), "sentence\nI loved it\n")
     write(Path("t/test.txt"), "mine")

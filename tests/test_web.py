@@ -51,7 +51,10 @@ def page(address):
     """A tab of a browser that notes every request and refuses every dialog."""
     from playwright.sync_api import expect, sync_playwright
 
-    with sync_playwright() as run, run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+    with (
+        sync_playwright() as run,
+        run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
         page = browser.new_page()
         page.requests, page.dialogs, page.expect = [], [], expect
         page.on("request", lambda request: page.requests.append(request.url))
