@@ -1071,7 +1071,8 @@ def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[s
     if result["correct"] <= confusion.sum(dim=1).max():
         what = "always the commonest label would be as good"
         print(f"nothing is learnt yet, {what}; give more rows, more --max-steps or another --lr")
-    print(f"ask it: python playground.py --model={str(args.output)!r} 'A sentence.'")
+    script = f"{sys.orig_argv[0]} {Path(sys.argv[0]).with_name('playground.py')}"
+    print(f"ask it: {script} --model={str(args.output)!r} 'A sentence.'")
 
 
 def beside(output: Path, ending: str) -> Path:

@@ -299,8 +299,7 @@ def test_the_demo_learns_and_its_last_command_answers(script: str, real_base: Pa
     demo = subprocess.run([sys.executable, ROOT / f"{script}.py", "--demo"], **options)
     record = json.loads((tmp_path / "model" / f"{script}_demo.json").read_text(encoding="utf-8"))
     assert record["result"]["accuracy"] > 80
-    command = shlex.split(demo.stdout.splitlines()[-1].removeprefix("ask it: "))
-    assert command.pop() in (ROOT / DEMO["dataset"] / "validation.tsv").read_text(encoding="utf-8")
+    *command, _ = shlex.split(demo.stdout.splitlines()[-1].removeprefix("ask it: "))
     question = ["--json", "I loved this wonderful story.", "It was awful."]
     said = subprocess.run([*command, *question], **options).stdout
     assert [json.loads(line)["label"] for line in said.splitlines()] == ["positive", "negative"]
