@@ -1209,7 +1209,8 @@ def check_output(output: Path, is_file: bool) -> None:
         files = [beside(output, ".json"), output.with_name(f"{output.name}.state"), result]
         strange = [path for path in files if os.path.lexists(path) and not is_ours(path)]
         if os.path.lexists(folder):
-            is_free = folder.is_dir() and (result.exists() or not any(folder.iterdir()))
+            is_known = result.exists() or files[1].exists()  # a run was stopped while it saved
+            is_free = folder.is_dir() and (is_known or not any(folder.iterdir()))
             strange += [] if is_free else [folder]
         if strange:
             raise ValueError(f"{strange[0]} exists and is no result of this project")
