@@ -204,7 +204,7 @@ def convert(args: Namespace) -> None:
             raise InputError(f"{args.export_scratch}: the .pt format cannot hold {what}; use PEFT")
         answers = two_answers(args.export_scratch, source)
         tensors = tensors_to_save(own_names(state), source.head)
-        del facts["tensors"]
+        facts.pop("tensors", None)
         save_checkpoint(args.output, tensors, facts, source.tokenizer)
         converted, _ = load_checkpoint(args.output, args.model)
     difference = (answers - two_answers(args.output, converted)).abs().max().item()

@@ -105,7 +105,7 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
-    if targets == ["all-linear"]:
+    if targets == ["all-linear"] and linear:
         return linear
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type, [])
     names = sorted({last_name(path) for path in linear})
@@ -150,7 +150,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.base_model.dtype == torch.float16)
     first_step = state.begin(total_steps, steps_per_epoch, optimizer, scaler)  # 0, or --resume's
     network = share_gradients(model, args.seed)  # one process: the model; several: the mean of theirs
 
@@ -320,8 +320,9 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         encoder = f"{model.base_model_prefix}."
         head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)
         reshaped = {key for key, *_ in report["mismatched_keys"]}
+        layer = re.compile(r"layers?\.\d+\.")
         wrong = names.difference(head) & reshaped.union(report["missing_keys"])
-        wrong |= {key for key in report["unexpected_keys"] if re.search(r"layer\.\d+\.", key)}
+        wrong |= {key for key in report["unexpected_keys"] if layer.search(key) and "decoder" not in key}
         if wrong:
             raise ValueError(f"config.json and weights differ: {', '.join(sorted(wrong)[:3])}")
         identity = identify(model, tokenizer, head, max_length)
@@ -334,7 +335,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
     """By what a base is recognised: digests of weights and words, and an answer.
 
-    The answer is the first numbers of [CLS] for an odd sentence: every setting shows in them.
+    The answer is the first numbers of [CLS] for an odd sentence: a setting that matters moves them.
     """
     digest = sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -470,8 +471,10 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
                 files.setdefault(SPLITS[stem], []).append(file)
     for parts in files.values():
         names = [part.name for part in parts]
-        if len(parts) > 1 and not all(f"-of-{len(parts):05d}" in name for name in names):
-            raise InputError(f"{path}: several files for one split: {listed(names)}; keep one")
+        numbers = [f"-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
+        is_whole = all(number in name for number, name in zip(numbers, names, strict=True))
+        if not is_whole and (len(parts) > 1 or "-of-" in names[0]):
+            raise InputError(f"{path}: not one file, or all parts of it: {listed(names)}")
     tables = {split: [read_file(part) for part in parts] for split, parts in files.items()}
     return {split: pandas.concat(parts, ignore_index=True) for split, parts in tables.items()}
 
@@ -516,7 +519,8 @@ def read_file(path: Path) -> DataFrame:
             raise ValueError("no table")
         header = [str(name) for name in table.columns]
         names = [name.strip() for name in header]
-        table.columns = [f"{n}.{i}" if n in names[:i] else n for i, n in enumerate(names)]
+        names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
+        table.columns = names
         table.attrs["header"] = header
     return table
 
@@ -562,13 +566,13 @@ def as_frame(table) -> DataFrame:
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = features.get("info", {}).get("features", {})
-    frame.attrs["class_names"] = {name: kind.get("names") for name, kind in features.items()}
+    frame.attrs["class_names"] = {n: kind["names"] for n, kind in features.items() if "names" in kind}
     return frame
 
 
 def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
     """The columns of text and label: those given, or by their names, or by what they hold."""
-    text = text or choose_column(where, table, "text")
+    text = text or choose_column(where, table, "text", taken=label or "")
     return text, label or choose_column(where, table, "label", taken=text)
 
 
@@ -584,7 +588,8 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> s
         problem = f"which column is the {what}, of {listed(found or names)}, is not clear"
         raise InputError(f"{where}: {problem}; say it with --{what}-column")
     if len(found[0]) > 40 or found[0] in table[found[0]].head(2000).astype(str).tolist():
-        raise InputError(f"{where}: its first row looks like data: {listed(names)}; put names above it")
+        what = f"its first row looks like data: {listed(names)}; put names above it, or say --{what}-column"
+        raise InputError(f"{where}: {what}")
     if found[0] != usual[0]:
         note(f"{where}: {found[0]!r} is taken for the {what}")
     return found[0]
@@ -628,6 +633,8 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
             if not isinstance(value, kinds) or not str(value).strip():
                 value = visible(repr(value), 100)
                 raise InputError(f"{where}: row {row}: the {what} is {value}; correct it")
+    if class_names:
+        return rows
     labels = rows["label"].map(str).str.strip()
     return rows.assign(label=labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True))  # 1.0 is 1
 
@@ -652,7 +659,7 @@ def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
 def hold_out(rows: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Of mixed rows those to train on, and those of each label's first tenth of texts.
 
-    It goes by text: no held-out one is trained on. A label's only text stays in training.
+    It goes by text: no held-out one is trained on. A label's only text is never drawn for it.
     """
     texts = rows.drop_duplicates(["text", "label"])
     groups = texts.groupby("label")["text"]
@@ -673,7 +680,10 @@ def number_labels(args: Namespace, train, validation, class_names) -> tuple[list
     for is_wrong, what in (
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} in {len(train):,} rows"),
         (len(labels) < 2, f"{labels[0]!r} is the only one"),
-        (are_scores and not are_numbers, f"{listed(sorted(every), 3)} are not whole numbers"),
+        (
+            are_scores and not (are_numbers or class_names),
+            f"{listed(sorted(every), 3)} are not whole numbers",
+        ),
         (unknown, f"{unknown} is not one of the training's {listed(labels)}"),
         (names != labels and not (are_numbers or class_names), f"{listed(labels)} are names"),
         (not len(labels) == len(names) == len({*names}), f"{listed(names)} for {listed(labels)}"),
@@ -698,14 +708,18 @@ def adapter_facts(args: Namespace, base: Base, label_names: list[str], wrapped: 
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
-    """What a checkpoint keeps: <path>.lora_A and .lora_B, and the head under its own names."""
+    """The tensors of a checkpoint, <path>.lora_A and .lora_B and the head: on the CPU the model's own."""
     kept = [name for name in state if name.endswith((".lora_A", ".lora_B")) or name in head]
     return {name: state[name].cpu() for name in kept}
 
 
 def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable) -> None:
-    """Write adapter, head and facts as plain values; the tokenizer in a folder beside."""
-    checkpoint = {"format": FORMAT, "state_dict": tensors, **facts}
+    """Write a checkpoint, and the tokenizer in a folder beside. It holds plain values and tensors:
+
+    format; state_dict, the tensors of adapter and head; the facts of adapter_facts, that is base,
+    revision, fingerprint, tokenizer, answer, label_names, max_length and the settings of LoRA; record.
+    """
+    checkpoint = {**facts, "format": FORMAT, "state_dict": tensors}
     write_file(path, lambda temporary: torch.save(checkpoint, temporary))
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
@@ -746,8 +760,9 @@ def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
         or not all(isinstance(text, str) for text in texts)
     ):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
-    for key in ("alpha", "dropout", "max_length"):
-        if not RANGES[key][0] <= facts[key] <= RANGES[key][1]:
+    for key, kind in (("alpha", (int, float)), ("dropout", (int, float)), ("max_length", int)):
+        low, high = RANGES[key]
+        if not isinstance(facts[key], kind) or not low <= facts[key] <= high:
             raise ValueError(f"{key} is {facts[key]}")
 
 
@@ -797,7 +812,8 @@ class TrainingState:
     """The course of a training: its progress as it is printed, and a file for --resume.
 
     The file holds what is trained, the optimiser's moments, scaler, random generators, losses and
-    epochs so far, and the settings that have to be the same. Seed and step decide the rest.
+    epochs so far, and the settings that have to be the same. Seed and step decide the rest, but for
+    the dropout of several processes.
     """
 
     MUST_MATCH = ("epochs", "max_steps", "batch_size", "lr", "warmup", "weight_decay", "max_grad_norm")
@@ -843,7 +859,7 @@ class TrainingState:
             for key, now in self.settings.items():
                 if (then := state["settings"][key]) != now:
                     raise ValueError(f"{key} was {visible(then, 60)}, is now {visible(now, 60)}")
-            done, epochs, total = int(state["done"]), json.loads(state["epochs"]), len(self.losses)
+            done, epochs, total = int(state["done"]), [*json.loads(state["epochs"])], len(self.losses)
             ended = math.ceil(done / self.steps_per_epoch) if done == total else done // self.steps_per_epoch
             if not 0 < done <= total or len(epochs) != ended:
                 raise ValueError(f"{len(epochs)} epochs in {done} steps")
@@ -902,7 +918,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Note Ctrl-C, SIGTERM and SIGHUP and finish the step; the second one ends at once."""
+        """Note Ctrl-C, SIGTERM and SIGHUP and finish the step; a second of a kind ends at once."""
 
         def remember(number: int, _: object) -> None:
             self.stopped = number
@@ -1003,7 +1019,8 @@ def calibrate(model: nn.Module, sentences: Tokens) -> float:
     Of 1 to 10 it is the one under which the labels are likeliest. It goes into the head's last
     layer, so every format has it, and no answer changes. A frozen head keeps 1.
     """
-    modules = [m for name, m in model.named_modules() if "original_module" not in name]  # PEFT's
+    others = re.compile("lora_|original_module")  # PEFT's
+    modules = [module for name, module in model.named_modules() if not others.search(name)]
     outputs = model.config.num_labels
     layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
     if len(sentences) < 10 or not layer.weight.requires_grad:
@@ -1061,6 +1078,8 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
 
 def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[str]) -> None:
     """Write the run's record beside its result, print what came out, and how to ask it."""
+    from shlex import join
+
     files = [args.output] if args.output.is_file() else args.output.glob("adapter_*")
     size, result = sum(file.stat().st_size for file in files), score(confusion)
     result |= {"bytes": size, "label_names": label_names, "confusion": confusion.tolist()}
@@ -1071,8 +1090,8 @@ def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[s
     if result["correct"] <= confusion.sum(dim=1).max():
         what = "always the commonest label would be as good"
         print(f"nothing is learnt yet, {what}; give more rows, more --max-steps or another --lr")
-    script = f"{sys.orig_argv[0]} {Path(sys.argv[0]).with_name('playground.py')}"
-    print(f"ask it: {script} --model={str(args.output)!r} 'A sentence.'")
+    script = str(Path(sys.argv[0]).with_name("playground.py"))
+    print("ask it:", join([sys.orig_argv[0], script, f"--model={args.output}", "A sentence."]))
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -1227,7 +1246,7 @@ def is_ours(path: Path) -> bool:
     with contextlib.suppress(InputError), refusing(path, "not readable"):
         is_json = path.suffix == ".json"
         found = json.loads(path.read_text("utf-8")) if is_json else read_tensors(path)
-        return any(keys <= found.keys() for keys in (*kinds, {"settings", "epochs"}))
+        return any(keys <= found.keys() for keys in (*kinds, {"settings", "loss_curve"}))
     return False
 
 
@@ -1271,7 +1290,7 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
     """What a file from outside makes impossible in here becomes one line: `what` (why); `remedy`."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError, NameError):
         raise
     except Exception as error:
         raise InputError(f"{what} ({reason(error)}); {remedy}") from error
@@ -1352,8 +1371,9 @@ def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def autocast(model: nn.Module) -> torch.autocast:
-    """Compute in the type in which the base is held, its first parameter's; what is trained is float32."""
-    return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+    """Compute in the type in which the encoder is held; what is trained stays float32."""
+    dtype = model.base_model.dtype
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compute_cls_only(model: nn.Module) -> None:
