@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_scratch import calibrate, load_base, load_checkpoint, predict
+from lora_scratch import autocast, calibrate, load_base, load_checkpoint, predict, speed_up
 
 import pytest
 import torch
@@ -85,3 +85,33 @@ def test_the_temperature_divides_the_logits(name, tiny_base, tmp_path) -> None:
     temperature = calibrate(model, tokens)
     assert temperature == pytest.approx(10)
     assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xlm-roberta", "bert"])  # in the first the head comes before the encoder
+@SCRIPTS
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_16_bits_wherever_the_head_stands(script, name, tiny_base, tiny_data, tmp_path) -> None:
+    base = with_tokenizer(tmp_path / "base", tiny_base, encoder(name))
+    path = tmp_path / ("a" if script is lora_peft else "a.pt")
+    more = ["--precision", "bf16", "--max-steps", 3, "--max-length", 100, *ARCHITECTURES[name][2]]
+    script.main(flags(base, tiny_data, *more, "--output", path))
+    model = speed_up(load_base(str(base), None, ["0", "1"], 100), torch.bfloat16)
+    assert autocast(model)._enabled and autocast(model).fast_dtype == torch.bfloat16
+
+
+def test_the_temperature_never_goes_into_an_adapter(tiny_base, tiny_data, tmp_path) -> None:
+    """Where the head comes first, the last layer of as many outputs as labels may be PEFT's A."""
+    base = with_tokenizer(tmp_path / "base", tiny_base, encoder("xlm-roberta"))
+    more = ["--r", 2, "--lr", 0.05, "--max-length", 100, *QUERY, "--output", tmp_path / "a"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_peft, "calibrate", lambda model, _: calibrated(model))
+        lora_peft.main(flags(base, tiny_data, *more, "--max-steps", 2))
+
+
+def calibrated(model: nn.Module) -> float:
+    tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
+    before = predict(model, tokens, 4)
+    tokens.labels = before.argmin(dim=1)
+    temperature = calibrate(model, tokens)
+    assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
+    return temperature

@@ -221,6 +221,12 @@ def test_a_target_that_cannot_be_adapted_is_refused(distilbert, targets, named) 
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
 
 
+def test_a_base_without_linear_layers_is_refused_before_the_training(distilbert) -> None:
+    model, _ = distilbert
+    every = [name for name, _ in model.named_parameters()]
+    refused(lambda: inject_lora(model, every, ["all-linear"]), "all-linear")
+
+
 def test_an_architecture_without_defaults_needs_targets() -> None:
     config = transformers.RoFormerConfig(**SMALL)
     with torch.device("meta"):

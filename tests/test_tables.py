@@ -287,13 +287,23 @@ def test_a_path_without_a_training_split_is_refused(name: str, tmp_path: Path) -
 
 
 TWO = [("train.csv", "train.tsv"), ("dev.csv", "val.csv"), ("train-0-of-00003.csv", "train-2-of-00003.csv")]
+TWO += [("train-00000-of-00002.csv",), ("train-00000-of-00002.csv", "train-00000-of-00002.tsv")]
 
 
 @pytest.mark.parametrize("names", TWO)
-def test_two_files_for_one_split_are_refused(names: tuple, tmp_path: Path) -> None:
+def test_a_split_that_is_not_one_file_or_all_its_parts_is_refused(names: tuple, tmp_path: Path) -> None:
     for name in names:
         write(tmp_path / name, lines(TSV if name.endswith("tsv") else CSV, ["z", "y"]))
     refused(lambda: load(tmp_path), tmp_path, *names)
+
+
+@pytest.mark.parametrize("names", [["0.5", "1.5"], ["1.0", "2.0"], [" no", "yes"]])
+def test_names_of_classes_stay_as_they_are(names: list, tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features(sentence=datasets.Value("string"), label=label)
+    datasets.Dataset.from_dict(TABLE, features=features).to_parquet(tmp_path / "a.parquet")
+    train, _, found = load(tmp_path / "a.parquet")
+    assert found == names and set(train["label"]) == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"])
