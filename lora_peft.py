@@ -184,7 +184,7 @@ def convert(args: Namespace) -> None:
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
-        raise InputError(f"--output {args.output}: name a new place for what is converted")
+        raise InputError(f"--output {args.output or ''}: name a new place for what is converted")
     check_output(args.output, is_file=args.import_scratch is None)
     if args.import_scratch:
         source, facts = load_checkpoint(args.import_scratch, args.model)

@@ -464,7 +464,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     if is_saved or not path.is_dir():
         data = load_data_set(args, is_saved)
         return {SPLITS[name]: as_frame(table) for name, table in data.items()}
-    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # as the Hub's
+    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # the first that has any
         for file in [] if files else sorted(folder.glob("*")):
             stem = file.stem.lower().partition("-")[0]  # train-00000-of-00002.parquet
             if stem in SPLITS and file.suffix.lower() in FORMATS:
@@ -503,7 +503,7 @@ def read_file(path: Path) -> DataFrame:
     from pyarrow import parquet
 
     suffix = path.suffix.lower()
-    with refusing(f"{path}: cannot be read", f"give a table that ends in {listed(FORMATS)}"):
+    with refusing(f"{path}: cannot be read", f"correct it, or give another ({listed(FORMATS)})"):
         if suffix == ".parquet":
             table = as_frame(parquet.read_table(path))
         elif suffix in (".json", ".jsonl"):  # one object a line, or one array of objects
@@ -573,7 +573,10 @@ def as_frame(table) -> DataFrame:
 def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
     """The columns of text and label: those given, or by their names, or by what they hold."""
     text = text or choose_column(where, table, "text", taken=label or "")
-    return text, label or choose_column(where, table, "label", taken=text)
+    label = label or choose_column(where, table, "label", taken=text)
+    if text == label:
+        raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
+    return text, label
 
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> str:
@@ -678,18 +681,15 @@ def number_labels(args: Namespace, train, validation, class_names) -> tuple[list
     labels = class_names or sorted(found, key=order)
     names, unknown = args.label_names or labels, listed(sorted(every.difference(labels)))
     for is_wrong, what in (
-        (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} in {len(train):,} rows"),
-        (len(labels) < 2, f"{labels[0]!r} is the only one"),
-        (
-            are_scores and not (are_numbers or class_names),
-            f"{listed(sorted(every), 3)} are not whole numbers",
-        ),
-        (unknown, f"{unknown} is not one of the training's {listed(labels)}"),
-        (names != labels and not (are_numbers or class_names), f"{listed(labels)} are names"),
-        (not len(labels) == len(names) == len({*names}), f"{listed(names)} for {listed(labels)}"),
+        (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} different labels in {len(train):,} rows"),
+        (len(labels) < 2, f"{labels[0]!r} is the only label"),
+        (are_scores and not (are_numbers or class_names), f"{listed(sorted(every), 3)} are no whole numbers"),
+        (unknown, f"{unknown} is no label of the training rows, which are {listed(labels)}"),
+        (names != labels and not (are_numbers or class_names), f"the labels have names: {listed(labels)}"),
+        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {listed(labels)}"),
     ):
         if is_wrong:
-            raise InputError(f"{args.dataset}: labels: {what}; see --label-column, --label-names")
+            raise InputError(f"{args.dataset}: {what}; see --label-column and --label-names")
     return labels, names
 
 
@@ -742,7 +742,7 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
 
 def read_tensors(path: str | Path) -> dict:
     """What a file of torch.save holds, if tensors and plain values: code in it is never run."""
-    with refusing(f"{path}: not a file of this project, or damaged", "train or copy it again"):
+    with refusing(f"{path}: not a readable file of this project", "train it, or name another"):
         if damaged := ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} has changed")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -855,7 +855,9 @@ class TrainingState:
     def load(self) -> None:
         """Put everything back; raises InputError for a file that is not the state of this run."""
         state = read_tensors(self.path)
-        with refusing(f"{self.path}: not a training state of this run", "leave out --resume"):
+        with refusing(
+            f"{self.path}: not a training state of this run", "use the same, or start over without --resume"
+        ):
             for key, now in self.settings.items():
                 if (then := state["settings"][key]) != now:
                     raise ValueError(f"{key} was {visible(then, 60)}, is now {visible(now, 60)}")
@@ -1023,15 +1025,15 @@ def calibrate(model: nn.Module, sentences: Tokens) -> float:
     modules = [module for name, module in model.named_modules() if not others.search(name)]
     outputs = model.config.num_labels
     layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
-    if len(sentences) < 10 or not layer.weight.requires_grad:
-        print(f"{'temperature':12}not fitted: percentages may be far too sure")
-        return 1.0
-    logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
-    temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
+    temperature, what = 1.0, "not fitted: percentages may be far too sure"
+    if len(sentences) >= 10 and layer.weight.requires_grad:
+        logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
+        temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
     for parameter in layer.parameters():
         parameter.data /= temperature
-    what = f"divides the logits: fitted on the {len(sentences):,} validation sentences"
-    print(f"{'temperature':12}{temperature:.2f} {what}")
+    if temperature > 1:  # 1 says that there were too few mistakes to learn it from
+        what = f"{temperature:.2f} divides the logits: fitted on the {len(sentences):,} validation sentences"
+    print(f"{'temperature':12}{what}")
     return temperature
 
 
@@ -1118,7 +1120,7 @@ RANGES |= {"batch_size": (1, 10**6), "log_every": (1, 10**8), "save_every": (1, 
 RANGES |= {"lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
 RANGES |= {"seed": (0, 2**32 - 1), "threads": (1, 1024)}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-WITHOUT_HUB = "name a folder; or ./setup.sh --demo, then python lora_scratch.py --demo"
+WITHOUT_HUB = "name a folder that is here, or make the demo's by ./setup.sh --demo and add --demo"
 
 
 class Parser(ArgumentParser):
@@ -1127,7 +1129,11 @@ class Parser(ArgumentParser):
 
 
 def make_parser(description: str, output: str) -> ArgumentParser:
-    """The flags of both training scripts; `output` is where results go, {} the name of the data."""
+    """The flags of both training scripts; `output` is where results go, {} the name of the data.
+
+    A number has its RANGES, what a recipe decides its place in RECIPES, what a state depends on in
+    TrainingState.MUST_MATCH, and what a checkpoint has to know in LORA_FACTS.
+    """
     layout = {"usage": "%(prog)s [options]", "formatter_class": RawDescriptionHelpFormatter}
     parser = Parser(description=description, **layout)
     parser.output = output
@@ -1177,7 +1183,7 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """The flags, with the defaults that depend on --demo and on what this folder holds."""
     args = parser.parse_args(argv)
     for key, (low, high) in RANGES.items():
-        value = getattr(args, key)
+        value = getattr(args, key, None)
         if value is not None and not low <= value <= high:
             flag = f"--{key.replace('_', '-')}"
             raise InputError(f"{flag} {value} is not between {low} and {high}")
@@ -1232,7 +1238,7 @@ def check_output(output: Path, is_file: bool) -> None:
             is_free = folder.is_dir() and (is_known or not any(folder.iterdir()))
             strange += [] if is_free else [folder]
         if strange:
-            raise ValueError(f"{strange[0]} exists and is no result of this project")
+            raise ValueError(f"{strange[0]} exists and is no earlier result of this run")
         output.parent.mkdir(parents=True, exist_ok=True)
         for path in [*files[:2], folder / "config.json" if folder.is_dir() else folder]:
             probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
