@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
 
-    lora = {key: getattr(args, key) for key in ("targets", "r", "alpha", "dropout", "use_rslora")}
+    lora = {key: getattr(args, key) for key in LORA_FACTS}  # targets, r, alpha, dropout, use_rslora
     wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # the same answers, and the frozen weights in `dtype`
     facts = adapter_facts(args, base, label_names, wrapped)  # what rebuilding needs beside the tensors
@@ -1228,19 +1228,16 @@ def check_output(output: Path, is_file: bool) -> None:
     with refusing(f"--output {visible(output)}: cannot write there", "name another place"):
         if is_file and output.suffix != ".pt":
             raise ValueError("the name of a checkpoint ends in .pt")
-        folder, result = beside(output, ""), output
-        if not is_file:
-            folder, result = output, output / "lora_peft.json"
-        files = [beside(output, ".json"), output.with_name(f"{output.name}.state"), result]
-        strange = [path for path in files if os.path.lexists(path) and not is_ours(path)]
-        if os.path.lexists(folder):
-            is_known = result.exists() or files[1].exists()  # a run was stopped while it saved
-            is_free = folder.is_dir() and (is_known or not any(folder.iterdir()))
-            strange += [] if is_free else [folder]
-        if strange:
-            raise ValueError(f"{strange[0]} exists and is no earlier result of this run")
+        folder, result = (beside(output, ""), output) if is_file else (output, output / "lora_peft.json")
+        record, state = beside(output, ".json"), output.with_name(f"{output.name}.state")
+        others = [p for p in (record, state, result) if os.path.lexists(p) and not is_ours(p)]
+        is_new = not (result.exists() or state.exists())  # a run may have been stopped while it saved
+        if folder.is_file() or (folder.is_dir() and is_new and any(folder.iterdir())):
+            others.append(folder)
+        if others or (folder.is_symlink() and not folder.exists()):
+            raise ValueError(f"{[*others, folder][0]} exists and is no earlier result of this run")
         output.parent.mkdir(parents=True, exist_ok=True)
-        for path in [*files[:2], folder / "config.json" if folder.is_dir() else folder]:
+        for path in (record, state, folder / "config.json" if folder.is_dir() else folder):
             probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
             probe.touch()
             probe.unlink()
@@ -1388,17 +1385,16 @@ def compute_cls_only(model: nn.Module) -> None:
     In BERT, RoBERTa, ELECTRA and MPNet after attention, in DistilBERT also the query. The logits
     change by rounding only (under 1e-6).
     """
-    config = model.config
-    if config.model_type in ("bert", "roberta", "electra", "mpnet") and config.num_hidden_layers:
-        if not getattr(config, "chunk_size_feed_forward", 0):  # else it wants a multiple of it
-            attention = model.base_model.encoder.layer[-1].attention
-            attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
-        return
-    blocks = [m for m in model.modules() if type(m).__name__ == "TransformerBlock"]
+    config, layers = model.config, model.config.num_hidden_layers
+    in_chunks = getattr(config, "chunk_size_feed_forward", 0)  # then it wants a multiple of them
+    if config.model_type in ("bert", "roberta", "electra", "mpnet") and layers and not in_chunks:
+        attention = model.base_model.encoder.layer[-1].attention
+        attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
     is_plain = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-    if config.model_type != "distilbert" or not blocks or not is_plain:
+    if config.model_type != "distilbert" or not layers or not is_plain:
         return
-    block, attention = blocks[-1], blocks[-1].attention
+    block = model.base_model.transformer.layer[-1]
+    attention = block.attention
 
     def by_head(x: Tensor) -> Tensor:  # (batch, heads, tokens, head size)
         return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
