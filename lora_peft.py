@@ -1,10 +1,10 @@
-"""The experiment of lora_scratch.py through Hugging Face PEFT, and the way between their formats.
+"""The experiment of lora_scratch.py through Hugging Face PEFT, and between their formats.
 
-Data, loop, schedule and record are imported from lora_scratch.py: here is what PEFT replaces, that
-is building, saving, loading and converting. Given PEFT's initial tensors, both scripts train alike.
+Data, loop, schedule and record are imported from lora_scratch.py: here is what PEFT replaces,
+building, saving, loading and converting. From the same tensors both scripts train alike.
 
-    python lora_peft.py                                  # as lora_scratch.py, with the same flags
-    python lora_peft.py --use-dora                       # a variant that only PEFT has
+    python lora_peft.py                # as lora_scratch.py, with the same flags
+    python lora_peft.py --use-dora     # a variant that only PEFT has
     python lora_peft.py --import-scratch FILE.pt --output FOLDER    # a checkpoint → an adapter
     python lora_peft.py --export-scratch FOLDER --output FILE.pt    # and back, bit for bit
 
@@ -23,27 +23,28 @@ from pathlib import Path
 
 # isort: off
 # Before PyTorch: it sets how its threads wait.
-from lora_scratch import Base, InputError, find_targets, last_name, load_base, predict, speed_up, train
-from lora_scratch import TrainingState, calibrate, describe, evaluate, finish, make_parser, parse_flags, run
-from lora_scratch import check_output, choose_recipe, load_tables, prepare_machine, tokenize
-from lora_scratch import FORMAT, adapter_facts, check_facts, copy_all, find_trained_base, load_checkpoint
-from lora_scratch import refusing, save_checkpoint, tensors_to_save, write_folder
+from lora_scratch import Base, InputError, find_targets, last_name, load_base, predict
+from lora_scratch import TrainingState, calibrate, describe, evaluate, finish, run, speed_up, train
+from lora_scratch import check_output, choose_recipe, make_parser, parse_flags, prepare_machine
+from lora_scratch import adapter_facts, find_trained_base, load_tables, tensors_to_save, tokenize
+from lora_scratch import FORMAT, check_facts, copy_all, load_checkpoint, save_checkpoint
+from lora_scratch import refusing, write_folder
+
 # isort: on
 
 import peft
 from torch import Tensor
 
-FACTS_FILE = "lora_peft.json"  # in the adapter folder: what a checkpoint says beside its tensors
+FACTS_FILE = "lora_peft.json"  # what a checkpoint says beside its tensors
 TENSORS_FILE = "adapter_model.safetensors"
-MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-MAY_DIFFER |= {"modules_to_save"}
+MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 # === The adapter ================================================================================
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
-    """PEFT's configuration for the same adapter; by suffix PEFT would find too little or too much."""
+    """PEFT's configuration for the same adapter; PEFT's own guesses match names by suffix."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
@@ -58,16 +59,15 @@ def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraCon
         use_rslora=facts["use_rslora"],
         use_dora=use_dora,
         target_modules=facts["targets"] if namesakes == wrapped else wrapped,  # all of them linear
-        exclude_modules=head_layers,  # a target such as BERT's "dense" must not reach into the head
+        exclude_modules=head_layers,  # a target such as BERT's "dense" may be there, too
         modules_to_save=sorted({re.match(r".*\.pooler|[^.]+", name)[0] for name in base.head}),
     )
 
 
 def wrap(base: Base, config: peft.LoraConfig, train_head: bool = True) -> peft.PeftModel:
     """PEFT's model around the base, into which it has put its layers."""
-    # The base may have moved; PEFT 0.21 asks transformers 5 for an attribute's former name.
     renamed = "The PEFT config's `base_model_name_or_path` was renamed"
-    warnings.filterwarnings("ignore", renamed, UserWarning)
+    warnings.filterwarnings("ignore", renamed, UserWarning)  # the base may have moved
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     model = peft.get_peft_model(base.model, config)
     for name, parameter in model.named_parameters():
@@ -78,9 +78,13 @@ def wrap(base: Base, config: peft.LoraConfig, train_head: bool = True) -> peft.P
 
 def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by lora_scratch.py's names: X.lora_A.default.weight is X.lora_A."""
-    spared = {name: tensor for name, tensor in named.items() if ".original_module." not in name}
-    head = {name.replace(".modules_to_save.default.", "."): t for name, t in spared.items()}
-    return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name): t for name, t in head.items()}
+    ours = {}
+    for name, tensor in named.items():
+        name = name.replace(".modules_to_save.default.", ".")
+        name = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name)
+        if ".original_module." not in name:  # PEFT's copy of the untrained head
+            ours[name] = tensor
+    return ours
 
 
 # === The run ====================================================================================
@@ -89,9 +93,9 @@ def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> int | None:
     parser = make_parser(__doc__, "model/lora_peft_{}")
     add = parser.add_argument_group("PEFT").add_argument
-    add("--use-dora", action="store_true", help="DoRA, weight-decomposed LoRA, which only PEFT has")
-    add("--import-scratch", type=Path, metavar="FILE.pt", help="write it as a folder, then exit")
-    add("--export-scratch", type=Path, metavar="FOLDER", help="write it as a .pt file, then exit")
+    add("--use-dora", action="store_true", help="weight-decomposed LoRA, with PEFT alone")
+    add("--import-scratch", type=Path, metavar="FILE.pt", help="write it as a folder and exit")
+    add("--export-scratch", type=Path, metavar="FOLDER", help="write it as a .pt file and exit")
     args = parser.parse_args(argv)
     if args.import_scratch or args.export_scratch:
         return convert(args)
@@ -135,7 +139,8 @@ def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict)
         (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
         base.tokenizer.save_pretrained(temporary)
         written = {**facts, "format": FORMAT, "tensors": digest_of(temporary)}
-        (temporary / FACTS_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(written, indent=1)
+        (temporary / FACTS_FILE).write_text(text, encoding="utf-8")
 
     write_folder(folder, write, last=FACTS_FILE)
 
@@ -147,9 +152,9 @@ def digest_of(folder: Path) -> str:
 def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) -> tuple[Base, dict]:
     """The trained model of an adapter folder in float32, on the CPU, and its facts.
 
-    It has PEFT's layers in it, or is the plain merged one where `merge`. `base_name` says where its
-    base is now. Raises InputError for a folder that is no adapter, another base, settings that this
-    project does not write, or tensors that do not fit.
+    It has PEFT's layers in it, or is a plain one where `merge`. `base_name` says where its base is
+    now. Raises InputError for a folder that is no adapter, another base, settings that are not
+    written here, or tensors that do not fit.
     """
     folder = Path(folder)
     with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
@@ -162,12 +167,13 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
         base = find_trained_base(facts, base_name)
         config = make_config(base, facts, getattr(found, "use_dora", None) is True)
         settings, wanted = plain(found), plain(config)
-        for key in wanted.keys() - MAY_DIFFER:
+        for key in wanted.keys() - {*MAY_DIFFER, "modules_to_save"}:
             if settings.get(key) != wanted[key]:
                 raise ValueError(f"{key}={settings.get(key)!r} is not supported; use PEFT itself")
         adapter = wrap(base, config)
         copy_all(tensors, peft.get_peft_model_state_dict(adapter))
-    return replace(base, model=(adapter.merge_and_unload() if merge else base.model).eval()), facts
+    model = adapter.merge_and_unload() if merge else base.model
+    return replace(base, model=model.eval()), facts
 
 
 def plain(config: peft.PeftConfig) -> dict:
@@ -180,11 +186,11 @@ def plain(config: peft.PeftConfig) -> dict:
 
 
 def convert(args: Namespace) -> None:
-    """Write a checkpoint as an adapter folder, or the other way round, and compare their answers."""
+    """Write a checkpoint as an adapter folder, or the other way round; compare the answers."""
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
-        raise InputError(f"--output {args.output or ''}: name a new place for what is converted")
+        raise InputError(f"--output {args.output or ''}: name a new place for the result")
     check_output(args.output, is_file=args.import_scratch is None)
     if args.import_scratch:
         source, facts = load_checkpoint(args.import_scratch, args.model)
@@ -201,7 +207,7 @@ def convert(args: Namespace) -> None:
         several = any(args.export_scratch.glob("*/adapter_config.json"))
         if several or any("lora_magnitude" in name for name in state):
             what = "several adapters" if several else "use_dora=True"
-            raise InputError(f"{args.export_scratch}: the .pt format cannot hold {what}; use PEFT")
+            raise InputError(f"{args.export_scratch}: a .pt file cannot hold {what}; use PEFT")
         answers = two_answers(args.export_scratch, source)
         tensors = tensors_to_save(own_names(state), source.head)
         facts.pop("tensors", None)
