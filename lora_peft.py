@@ -1,14 +1,14 @@
-"""The experiment of lora_scratch.py through Hugging Face PEFT, and between their formats.
+"""The experiment of lora_scratch.py through Hugging Face PEFT, and a converter.
 
 Data, loop, schedule and record are imported from lora_scratch.py: here is what PEFT replaces,
-building, saving, loading and converting. From the same tensors both scripts train alike.
+building, saving and loading. From the same tensors both scripts train alike.
 
     python lora_peft.py                # as lora_scratch.py, with the same flags
     python lora_peft.py --use-dora     # a variant that only PEFT has
     python lora_peft.py --import-scratch FILE.pt --output FOLDER    # a checkpoint → an adapter
     python lora_peft.py --export-scratch FOLDER --output FILE.pt    # and back, bit for bit
 
-The result is an adapter folder that PEFT loads without this project: see the README.
+PEFT loads the folder that it writes without this project.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def plain(config: peft.PeftConfig) -> dict:
 
 
 def convert(args: Namespace) -> None:
-    """Write a checkpoint as an adapter folder, or the other way round; compare the answers."""
+    """Write a checkpoint as an adapter folder, or the other way round."""
     if args.import_scratch and args.export_scratch:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
