@@ -281,62 +281,54 @@ def main(argv: list[str] | None = None) -> int | None:
 class Base:
     model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
-    head: list[str]  # names of the head's parameters, which no base model brings along
-    identity: dict  # by which a checkpoint recognises its base: see identify
-    revision: str | None  # the Hub's commit, None for a local folder
+    head: list[str]  # names of the parameters that no base model brings along
+    identity: dict  # see identify
+    revision: str | None  # the Hub's commit
 
 
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
-    """The pretrained encoder in float32 with a new random head for these labels.
-
-    The head is what lies outside the encoder, and a pooler, which can ship untrained. Raises
-    InputError for a base that lacks weights or cannot read `max_length` tokens.
-    """
-    transformers.logging.set_verbosity_error()  # what is new is the head, and known
+    """The pretrained encoder in float32 with a new random head; InputError if they do not fit."""
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
     if not is_local:
         use_cache_if_offline()
-    remedy = "name a folder with --model (playground.py: --base), or lower --max-length"
+    remedy = "name another with --model (playground.py: --base), or lower --max-length"
     with refusing(f"cannot use the base model {name!r}", remedy if is_local else WITHOUT_HUB):
         file = transformers.utils.cached_file(name, "config.json", revision=revision)
-        revision = None if is_local else Path(file).parent.name  # a snapshot's folder is its commit
+        revision = None if is_local else Path(file).parent.name  # a snapshot's folder
         source = {"revision": revision, "trust_remote_code": False}
-        labels = {"label2id": {label: i for i, label in enumerate(label_names)}}
-        labels["id2label"] = dict(enumerate(label_names))
-        config = transformers.AutoConfig.from_pretrained(name, **source, **labels)
+        config = transformers.AutoConfig.from_pretrained(name, **source)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: i for i, label in enumerate(label_names)}
         config.problem_type = "single_label_classification"  # whatever it was trained for
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-        tokenizer.truncation_side = "right"  # as in training, whatever its file says
+        tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         if config.is_encoder_decoder or config.num_hidden_layers > 200 or not pads_right:
-            raise ValueError("not an encoder of at most 200 layers that pads at the right")
-        options = {"dtype": torch.float32, "config": config, "output_loading_info": True}
-        options["ignore_mismatched_sizes"] = True  # of a head for other labels
-        kind = transformers.AutoModelForSequenceClassification
-        model, report = kind.from_pretrained(name, **source, **options)
+            raise ValueError("no encoder of up to 200 layers that pads at the right")
+        options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        model, report = load(name, **source, **options, output_loading_info=True)
         model.config.pad_token_id = tokenizer.pad_token_id
-        names = {name for name, _ in model.named_parameters()}
         encoder = f"{model.base_model_prefix}."
-        head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)
+        names = {name for name, _ in model.named_parameters()}
+        head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)  # untrained
         reshaped = {key for key, *_ in report["mismatched_keys"]}
-        layer = re.compile(r"layers?\.\d+\.")
         wrong = names.difference(head) & reshaped.union(report["missing_keys"])
-        wrong |= {key for key in report["unexpected_keys"] if layer.search(key) and "decoder" not in key}
+        unread = [key for key in report["unexpected_keys"] if "decoder" not in key]
+        wrong |= {key for key in unread if re.search(r"layers?\.\d+\.", key)}
         if wrong:
-            raise ValueError(f"config.json and weights differ: {', '.join(sorted(wrong)[:3])}")
+            raise ValueError(f"weights do not fit config.json: {', '.join(sorted(wrong)[:3])}")
         identity = identify(model, tokenizer, head, max_length)
     if reshaped:
-        note(f"{name} was trained for other labels: it gets a new classification head")
+        note(f"{name} was trained for other labels: it gets a new head")
     return Base(model, tokenizer, head, identity, revision)
 
 
 @torch.inference_mode()
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
-    """By what a base is recognised: digests of weights and words, and an answer.
-
-    The answer is the first numbers of [CLS] for an odd sentence: a setting that matters moves them.
-    """
+    """Digests of weights and words, and part of an answer, which other settings change."""
     digest = sha256()
     for name, parameter in sorted(model.named_parameters()):
         if name not in head:
@@ -344,29 +336,29 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length:
             digest.update(parameter.contiguous().numpy())
             if not parameter.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinity in it")
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer([ODD])["input_ids"]]
+    ids = tokenizer([ODD])["input_ids"]
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()
     model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read that?
-    answer = model.base_model(torch.tensor(words[1])[:, : min(16, max_length)])[0]
-    words = sha256(json.dumps(words).encode()).hexdigest()
-    return {"fingerprint": digest.hexdigest(), "tokenizer": words, "answer": answer[0, 0, :8].tolist()}
+    answer = model.base_model(torch.tensor(ids)[:, : min(16, max_length)])[0][0, 0, :8]
+    found = {"fingerprint": digest.hexdigest(), "tokenizer": sha256(words).hexdigest()}
+    return found | {"answer": answer.tolist()}
 
 
 def find_trained_base(facts: dict, base_name: str | None) -> Base:
-    """The base that a checkpoint's facts name, or `base_name`; InputError for another one."""
+    """The base of a checkpoint, now at `base_name`; InputError for another one."""
     name = base_name or facts["base"]
     revision = None if base_name else facts["revision"]
     base = load_base(name, revision, facts["label_names"], facts["max_length"])
-    now = base.identity
-    then = now | facts  # old files have no answer
+    now, then = base.identity, base.identity | facts  # old files have no answer
     differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
     if differs or not numpy.allclose(then["answer"], now["answer"], rtol=0, atol=1e-4):
-        what = f"{name!r} is another base model than {facts['base']!r} was in training"
-        raise InputError(f"{what} ({listed(differs) or 'config.json'}); name the same one")
+        what = f"{name!r} is not {facts['base']!r} as it was in training"
+        raise InputError(f"{what} ({listed(differs) or 'config.json'}); name that one")
     return base
 
 
 def use_cache_if_offline() -> None:
-    """Ask the Hub once, for 5 seconds: its libraries would retry for half a minute."""
+    """Ask the Hub once, for 5 seconds; its libraries retry for half a minute."""
     from threading import Thread
 
     from huggingface_hub import constants, get_session
@@ -392,7 +384,7 @@ def last_name(path: str) -> str:
 # --- Tables --------------------------------------------------------------------------------------
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SPLITS = {"train": "training", "training": "training"}  # how a file's name starts: its split
+SPLITS = dict.fromkeys(["train", "training"], "training")  # by how a file's name starts
 SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
 USUAL = {  # names of columns
     "text": "sentence text review comment message title content body description tweet query",
@@ -402,7 +394,7 @@ USUAL = {  # names of columns
 
 @dataclass
 class Tokens:
-    ids: list[numpy.ndarray]  # of each sentence (tokens,), int32: lists take many times as much
+    ids: list[numpy.ndarray]  # of each sentence (tokens,), int32: smaller than lists
     labels: Tensor  # (sentences,), zeros where unknown
 
     def __post_init__(self):
@@ -416,8 +408,7 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
     """The texts as token numbers, cut at `max_length`."""
     texts, ids, cut = list(texts), [], 0
     for start in range(0, len(texts), 10_000):  # what a tokenizer returns is large
-        part = texts[start : start + 10_000]
-        found = tokenizer(part, truncation=True, max_length=max_length)
+        found = tokenizer(texts[start : start + 10_000], truncation=True, max_length=max_length)
         ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
@@ -426,30 +417,24 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
 
 
 def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, list[str]]:
-    """Rows to train on, rows to validate by, and the names of their labels.
-
-    A row has a text and a label, its number; its index is its number in the file, from 1.
-    """
+    """Rows to train on, to validate by, and label names. A row: text, label number; index from 1."""
     where, tables = args.dataset, read_splits(args)
     if "training" not in tables:
-        raise InputError(f"{where}: no training split; name a file train, as train.csv")
+        raise InputError(f"{where}: no training split; name a file train.csv")
     columns = find_columns(where, tables["training"], args.text_column, args.label_column)
     rows = {split: read_rows(f"{where}: {split}", t, *columns) for split, t in tables.items()}
     train, validation = rows["training"], rows.get("validation", rows["training"][:0])
-    class_names = tables["training"].attrs.get("class_names", {}).get(columns[1])
-    labels, names = number_labels(args, train["label"], validation["label"], class_names)
+    numbers, names = number_labels(args, train, validation)
     note_surprises(where, train, validation)
+    train, validation = (t.assign(label=t["label"].map(numbers)) for t in (train, validation))
     generator = torch.Generator().manual_seed(args.seed)
     train = train.iloc[torch.randperm(len(train), generator=generator).numpy()]
-    if "validation" not in rows:
+    if validation.empty:
         train, validation = hold_out(train)
-        what = f"a tenth of each label, {len(validation)} rows, is held out by seed"
-        print(f"{visible(where)}: {what}")
+        print(f"{visible(where)}: a tenth of each label, {len(validation)} rows, is held out by seed")
     train = train[: args.train_samples] if args.train_samples else train.sort_index()
     if train.empty or validation.empty:
         raise InputError(f"{where}: too few rows to hold a tenth out; give a validation split")
-    numbers = {label: number for number, label in enumerate(labels)}
-    train, validation = (p.assign(label=p["label"].map(numbers)) for p in (train, validation))
     return train, validation.sort_index(), names
 
 
@@ -457,35 +442,34 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     """The splits of a file, a folder or a data set of the Hub."""
     import pandas
 
-    path, files = Path(args.dataset), {}
+    path, files, tables = Path(args.dataset), {}, {}
     if path.is_file() or path.suffix.lower() in FORMATS:
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
-        data = load_data_set(args, is_saved)
-        return {SPLITS[name]: as_frame(table) for name, table in data.items()}
-    for folder in (path / (args.dataset_config or "."), path, path / "data"):  # the first that has any
+        return load_data_set(args, is_saved)
+    for folder in (path / (args.dataset_config or "."), path, path / "data"):
         for file in [] if files else sorted(folder.glob("*")):
-            stem = file.stem.lower().partition("-")[0]  # train-00000-of-00002.parquet
+            stem = file.stem.lower().partition("-")[0]
             if stem in SPLITS and file.suffix.lower() in FORMATS:
                 files.setdefault(SPLITS[stem], []).append(file)
-    for parts in files.values():
+    for split, parts in files.items():
         names = [part.name for part in parts]
-        numbers = [f"-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
-        is_whole = all(number in name for number, name in zip(numbers, names, strict=True))
-        if not is_whole and (len(parts) > 1 or "-of-" in names[0]):
+        found = re.findall(r"-\d+-of-\d+", " ".join(names))  # train-00000-of-00002.parquet
+        whole = [f"-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
+        if found != whole and (found or len(parts) > 1):
             raise InputError(f"{path}: not one file, or all parts of it: {listed(names)}")
-    tables = {split: [read_file(part) for part in parts] for split, parts in files.items()}
-    return {split: pandas.concat(parts, ignore_index=True) for split, parts in tables.items()}
+        tables[split] = pandas.concat(map(read_file, parts), ignore_index=True)
+    return tables
 
 
-def load_data_set(args: Namespace, is_saved: bool) -> dict:
-    """The Arrow tables of a data set of the Hub, or of a folder that save_to_disk wrote."""
+def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
+    """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
     if not is_saved:
         use_cache_if_offline()
     import datasets  # after the Hub was asked, whose answer it copies
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     with refusing(f"cannot load the data set {args.dataset!r}", WITHOUT_HUB):
         if is_saved:
@@ -493,12 +477,15 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict:
         else:
             pinned = GLUE[2] if args.dataset == GLUE[0] else None
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=pinned)
-        data = {"train": data} if isinstance(data, datasets.Dataset) else data
-        return {name: data[name].with_format("arrow")[:] for name in data if name in SPLITS}
+        parts = {"train": data} if isinstance(data, datasets.Dataset) else data
+        tables = {name: parts[name].with_format("arrow")[:] for name in parts if name in SPLITS}
+        return {SPLITS[name]: as_frame(table) for name, table in tables.items()}
 
 
 def read_file(path: Path) -> DataFrame:
-    """A file as a table; its attrs say how it was: header, separator, mark, class_names."""
+    """A file as a table, "NA" and "007" as text; attrs: header, separator, mark, class_names."""
+    from io import StringIO
+
     import pandas
     from pyarrow import parquet
 
@@ -506,46 +493,34 @@ def read_file(path: Path) -> DataFrame:
     with refusing(f"{path}: cannot be read", f"correct it, or give another ({listed(FORMATS)})"):
         if suffix == ".parquet":
             table = as_frame(parquet.read_table(path))
-        elif suffix in (".json", ".jsonl"):  # one object a line, or one array of objects
+        elif suffix in (".json", ".jsonl"):
             text, _ = read_text(path)
-            lines = [line for line in text.split("\n") if line.strip()]
-            is_array = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_array else [json.loads(line) for line in lines]
+            if not text.lstrip().startswith("["):  # one object a line
+                text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+            rows = json.loads(text)
             json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
-            table = pandas.DataFrame([row | {} for row in rows], dtype=object)
+            table = pandas.DataFrame([{**row} for row in rows], dtype=object)
         elif suffix in FORMATS:
-            table = read_csv(path)
+            text, is_marked = read_text(path)
+            text = text.lstrip("\r\n")
+            separator = max(",;\t", key=text.partition("\n")[0].count)
+            options = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
+            if suffix == ".tsv":  # as GLUE writes it: a quote character is text
+                separator, text = "\t", text.replace("\r\n", "\n")
+                options |= {"quoting": 3, "lineterminator": "\n"}
+            table = pandas.read_csv(StringIO(text), sep=separator, **options)
+            table = table[1:].reset_index(drop=True).set_axis(table.iloc[0], axis=1)
+            table.attrs = {"separator": separator, "mark": is_marked}
         else:
             raise ValueError("no table")
-        header = [str(name) for name in table.columns]
-        names = [name.strip() for name in header]
-        names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
-        table.columns = names
-        table.attrs["header"] = header
-    return table
-
-
-def read_csv(path: Path) -> DataFrame:
-    """A CSV or TSV file without any guessing: "null" and "NA" are words, "007" is text."""
-    from io import StringIO
-
-    import pandas
-
-    text, is_marked = read_text(path)
-    text = text.lstrip("\r\n")
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    options = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
-    if path.suffix.lower() == ".tsv":  # as GLUE writes it: a quote character is text
-        separator, text = "\t", text.replace("\r\n", "\n")
-        options |= {"quoting": 3, "lineterminator": "\n"}
-    table = pandas.read_csv(StringIO(text), sep=separator, **options)
-    table = table[1:].reset_index(drop=True).set_axis(table.iloc[0].tolist(), axis=1)
-    table.attrs = {"separator": separator, "mark": is_marked}
-    return table
+    table.attrs["header"] = [str(name) for name in table.columns]
+    names = [name.strip() for name in table.attrs["header"]]
+    names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
+    return table.set_axis(names, axis=1)
 
 
 def read_text(path: Path) -> tuple[str, bool]:
-    """A file's text, as its mark says, in UTF-8 or else Windows-1252; whether it wants a mark."""
+    """A file's text, by its mark, in UTF-8 or Windows-1252; whether it wants a mark."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16"), True
@@ -555,7 +530,7 @@ def read_text(path: Path) -> tuple[str, bool]:
         return content.decode("utf-8-sig"), content.startswith(b"\xef\xbb\xbf")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        note(f"{path}: line {line} is not UTF-8; read as Windows-1252: is that right?")
+        note(f"{path}: line {line} is not UTF-8; read as Windows-1252")
         return content.decode("cp1252"), True
 
 
@@ -564,78 +539,82 @@ def as_frame(table) -> DataFrame:
     import pandas
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
-    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = features.get("info", {}).get("features", {})
-    frame.attrs["class_names"] = {n: kind["names"] for n, kind in features.items() if "names" in kind}
+    about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    kinds = about.get("info", {}).get("features", {}).items()
+    frame.attrs["class_names"] = {name: kind["names"] for name, kind in kinds if "names" in kind}
     return frame
 
 
 def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
-    """The columns of text and label: those given, or by their names, or by what they hold."""
-    text = text or choose_column(where, table, "text", taken=label or "")
+    """The columns of text and label: those given, or found."""
+    text = text or choose_column(where, table, "text", taken=label)
     label = label or choose_column(where, table, "label", taken=text)
     if text == label:
         raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
     return text, label
 
 
-def choose_column(where: str, table: DataFrame, what: str, taken: str = "") -> str:
-    """The column of "text" or "label"; raises InputError where it is not clear which."""
+def choose_column(where: str, table: DataFrame, what: str, taken: str | None = None) -> str:
+    """The column of "text" or "label", by name or else by content; InputError if not clear."""
     names = [name for name in table.columns if name not in ("", taken)]
     names = [name for name in names if not name.startswith("Unnamed:")]  # pandas' own index
-    usual = USUAL[what].split()
-    found = [name for name in names if name.lower() == usual[0]]
-    found = found or [name for name in names if name.lower() in usual]
+    first, *more = USUAL[what].split()
+    found = [name for name in names if name.lower() == first]
+    found = found or [name for name in names if name.lower() in more]
     found = found or [name for name in names if looks_like(what, table[name])]
     if len(found) != 1:
-        problem = f"which column is the {what}, of {listed(found or names)}, is not clear"
-        raise InputError(f"{where}: {problem}; say it with --{what}-column")
-    if len(found[0]) > 40 or found[0] in table[found[0]].head(2000).astype(str).tolist():
-        what = f"its first row looks like data: {listed(names)}; put names above it, or say --{what}-column"
-        raise InputError(f"{where}: {what}")
-    if found[0] != usual[0]:
-        note(f"{where}: {found[0]!r} is taken for the {what}")
-    return found[0]
+        problem = f"which of {listed(found or names)} is the {what}?"
+        raise InputError(f"{where}: {problem} Say it with --{what}-column")
+    [name] = found
+    if len(name) > 40 or name in table[name].head(2000).astype(str).tolist():
+        problem = f"the first row looks like data: {listed(names)}"
+        raise InputError(f"{where}: {problem}; put names above it, or say --{what}-column")
+    if name != first:
+        note(f"{where}: {name!r} is taken for the {what}")
+    return name
 
 
 def looks_like(what: str, column) -> bool:
     """Whether a column has long varied texts, or few short values that come again."""
     values = [str(value) for value in column.head(2000).dropna().tolist()]
-    length, kinds = sum(map(len, values)) / max(1, len(values)), len(set(values))
+    count, length, kinds = len(values), len("".join(values)), len({*values})
     if what == "text":
-        return length > 20 and kinds > len(values) / 2
-    return length < 40 and 2 <= kinds <= max(2, len(values) / 3)
+        return length > 20 * count and kinds > count / 2
+    return length < 40 * count and 2 <= kinds <= max(2, count / 3)
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to read: white space and characters without a width."""
+    """Whether all characters are white space or have no width."""
     from unicodedata import category
 
     return all(c.isspace() or category(c) == "Cf" for c in text)
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
-    """The rows that have something to read, numbered from 1: text and label, both as text."""
+    """The rows with something to read, by number from 1: text and label, both as text."""
     from numbers import Number
 
-    for column in filter(None, (text, label)):
+    columns = [text, label or text]
+    for column in columns:
         if column not in table.columns:
-            what = f"no column {column!r} but {listed(list(table.columns))}"
+            what = f"no column {column!r} but {listed([*table.columns])}"
             raise InputError(f"{where}: {what}; see --text-column and --label-column")
-    whole = table[[text, label or text]].astype(object).set_axis(["text", "label"], axis=1)
+    whole = table[columns].set_axis(["text", "label"], axis=1).astype(object)
     whole = whole.where(whole.notna(), "").set_axis(range(1, len(whole) + 1))
-    if class_names := table.attrs.get("class_names", {}).get(label):
+    class_names = table.attrs.get("class_names", {}).get(label)
+    if class_names:
         whole["label"] = whole["label"].map(dict(enumerate(class_names)).get)
-    rows = whole[~whole["text"].map(lambda value: isinstance(value, str) and is_blank(value))]
+    rows = whole[~whole["text"].map(str).map(is_blank)]
     if len(rows) < len(whole):
         note(f"{where}: {len(whole) - len(rows):,} of {len(whole):,} rows have no text: left out")
     if rows.empty:
-        raise InputError(f"{where}: no row has a text; give at least one")
+        raise InputError(f"{where}: no row has a text; give one")
     for what, kinds in (("text", str), ("label", (str, Number))):
         for row, value in rows[what].items():
             if not isinstance(value, kinds) or not str(value).strip():
                 value = visible(repr(value), 100)
                 raise InputError(f"{where}: row {row}: the {what} is {value}; correct it")
+    rows.attrs["class_names"] = class_names
     if class_names:
         return rows
     labels = rows["label"].map(str).str.strip()
@@ -643,16 +622,16 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
 
 
 def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
-    """A line for each thing in the data that could surprise."""
+    """Say what in the data could surprise."""
     labels_of_text = train.groupby("text")["label"].transform("nunique")
     is_trained = validation["text"].isin(train["text"])
     counts = train["label"].value_counts()
     lower = counts.index.str.casefold()
     for what, found in (
         ("rows repeat an earlier text", train.index[train["text"].duplicated()]),
-        ("rows have a text with more than one label", train.index[labels_of_text > 1]),
-        ("validation rows have a text of the training", validation.index[is_trained]),
-        ("labels differ in capital letters alone", counts.index[lower.duplicated(keep=False)]),
+        ("rows have a text with several labels", train.index[labels_of_text > 1]),
+        ("validation rows have a training text", validation.index[is_trained]),
+        ("labels differ in capitals alone", counts.index[lower.duplicated(keep=False)]),
         ("labels have fewer than ten rows", counts.index[counts < 10]),
     ):
         if len(found):
@@ -660,130 +639,118 @@ def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
 
 
 def hold_out(rows: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Of mixed rows those to train on, and those of each label's first tenth of texts.
-
-    It goes by text: no held-out one is trained on. A label's only text is never drawn for it.
-    """
+    """Mixed rows to train on, and each label's first tenth of texts, if it has two: by text, so that
+    no held-out one is trained on."""
     texts = rows.drop_duplicates(["text", "label"])
     groups = texts.groupby("label")["text"]
     rank, size = groups.cumcount(), groups.transform("size")
-    drawn = texts["text"][(rank < (size / 10).map(math.ceil)) & (size > 1)]
-    held = rows["text"].isin(drawn)
+    held = rows["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
     return rows[~held], rows[held]
 
 
-def number_labels(args: Namespace, train, validation, class_names) -> tuple[list, list]:
-    """The labels in the order of their numbers, and their names; whole numbers go by value."""
-    found, every = {*train}, {*train, *validation}
+def number_labels(args: Namespace, train, validation) -> tuple[dict[str, int], list[str]]:
+    """Each label's number, and the names; whole numbers go by value, words by alphabet."""
+    class_names = train.attrs["class_names"]
+    found, every = {*train["label"]}, {*train["label"], *validation["label"]}
     are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in every)
     are_scores = all(re.fullmatch(r"-?\d{1,18}(\.\d+)?", label) for label in every)
-    order = (lambda label: (int(label), label)) if are_numbers else str
-    labels = class_names or sorted(found, key=order)
-    names, unknown = args.label_names or labels, listed(sorted(every.difference(labels)))
+    labels = class_names or sorted(sorted(found), key=int if are_numbers else str)
+    names, are_words = args.label_names or labels, not (class_names or are_numbers)
+    unknown, shown = listed(sorted(every.difference(labels))), listed(labels)
     for is_wrong, what in (
-        (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} different labels in {len(train):,} rows"),
+        (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
         (len(labels) < 2, f"{labels[0]!r} is the only label"),
-        (are_scores and not (are_numbers or class_names), f"{listed(sorted(every), 3)} are no whole numbers"),
-        (unknown, f"{unknown} is no label of the training rows, which are {listed(labels)}"),
-        (names != labels and not (are_numbers or class_names), f"the labels have names: {listed(labels)}"),
-        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {listed(labels)}"),
+        (are_words and are_scores, f"{listed(sorted(every), 3)} are no whole numbers"),
+        (unknown, f"no training row has the label {unknown}, but {shown}"),
+        (are_words and names != labels, f"the labels have names: {shown}"),
+        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {shown}"),
     ):
         if is_wrong:
             raise InputError(f"{args.dataset}: {what}; see --label-column and --label-names")
-    return labels, names
+    return {label: number for number, label in enumerate(labels)}, names
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 
-FORMAT = 1  # of every file; a reader refuses a number that it does not know
+FORMAT = 1  # of every file; a reader refuses another number
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
 def adapter_facts(args: Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
-    """What a checkpoint says beside its tensors: with it the model can be built again."""
-    facts = {"base": args.model, "revision": base.revision, **base.identity}
-    facts |= {"label_names": label_names, "max_length": args.max_length}
-    facts |= {key: getattr(args, key) for key in LORA_FACTS}
-    return facts | {"targets": sorted({last_name(path) for path in wrapped})}
+    """What a checkpoint says beside its tensors: enough to build the model again."""
+    facts = {"base": args.model, "revision": base.revision, "label_names": label_names}
+    facts |= {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
+    return facts | base.identity | {"targets": sorted(set(map(last_name, wrapped)))}
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, <path>.lora_A and .lora_B and the head: on the CPU the model's own."""
+    """Those of adapter and head; on a CPU the model's own."""
     kept = [name for name in state if name.endswith((".lora_A", ".lora_B")) or name in head]
     return {name: state[name].cpu() for name in kept}
 
 
 def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable) -> None:
-    """Write a checkpoint, and the tokenizer in a folder beside. It holds plain values and tensors:
-
-    format; state_dict, the tensors of adapter and head; the facts of adapter_facts, that is base,
-    revision, fingerprint, tokenizer, answer, label_names, max_length and the settings of LoRA; record.
-    """
+    """Write facts, format and state_dict to a file, the tokenizer to a folder beside."""
     checkpoint = {**facts, "format": FORMAT, "state_dict": tensors}
     write_file(path, lambda temporary: torch.save(checkpoint, temporary))
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
 
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
-    """The trained model in float32, on the CPU, and its facts; `base_name` says where its base is now.
+    """The trained model in float32, on the CPU, and its facts.
 
-    Raises InputError for a file that is no checkpoint, another base, or tensors that do not fit.
+    `base_name` says where its base is now. Raises InputError for what does not fit together.
     """
-    checkpoint = read_tensors(path)
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
+        checkpoint = read_tensors(path)
         check_facts(checkpoint, checkpoint["state_dict"])
         base = find_trained_base(checkpoint, base_name)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
-        tensors = tensors_to_save(base.model.state_dict(), base.head)
-        copy_all(checkpoint["state_dict"], tensors)
+        copy_all(checkpoint["state_dict"], tensors_to_save(base.model.state_dict(), base.head))
     base.model.eval()
     return base, checkpoint
 
 
 def read_tensors(path: str | Path) -> dict:
-    """What a file of torch.save holds, if tensors and plain values: code in it is never run."""
-    with refusing(f"{path}: not a readable file of this project", "train it, or name another"):
-        if damaged := ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError(f"{damaged} has changed")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    """Tensors and plain values in a file of torch.save; code in it is never run."""
+    if damaged := ZipFile(path).testzip():  # torch.load checks no checksum
+        raise ValueError(f"{damaged} has changed")
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def check_facts(facts: dict, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the facts are of our format, in range and true of the tensors."""
+def check_facts(facts: dict, tensors: dict) -> None:
+    """Raise ValueError for another format, facts out of range or untrue of the tensors."""
     names, r = facts["label_names"], facts["r"]
     ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
     texts = [facts["base"], facts["fingerprint"], *names, *facts["targets"]]
-    is_right = facts["format"] == FORMAT and ranks == {r} and isinstance(names, list)
-    if (
-        not is_right
-        or not len({*names}) == len(names) > 1
-        or not all(isinstance(text, str) for text in texts)
-    ):
+    found = facts["format"], ranks, type(names), len({*names}), {type(text) for text in texts}
+    if found != (FORMAT, {r}, list, max(2, len(names)), {str}):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
-    for key, kind in (("alpha", (int, float)), ("dropout", (int, float)), ("max_length", int)):
+    for key in ("alpha", "dropout", "max_length"):
         low, high = RANGES[key]
-        if not isinstance(facts[key], kind) or not low <= facts[key] <= high:
+        if not isinstance(facts[key], (int, float)) or not low <= facts[key] <= high:
             raise ValueError(f"{key} is {facts[key]}")
 
 
 @torch.no_grad()
 def copy_all(source: dict, target: dict) -> None:
-    """Copy tensors into those of the same name: a file can only fill what is here already."""
+    """Copy tensors into those of the same names; ValueError for another shape or type."""
     for key in source.keys() ^ target.keys():
-        raise ValueError(f"{visible(key)} is {'missing' if key in target else 'not expected'}")
-    for key, tensor in target.items():
-        if isinstance(tensor, dict):
-            copy_all(source[key], tensor)
-        elif (source[key].shape, source[key].dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(f"{key} is {source[key].dtype} of shape {tuple(source[key].shape)}")
-        elif not tensor.copy_(source[key]).isfinite().all():
+        raise ValueError(f"{key} is {'missing' if key in target else 'not expected'}")
+    for key, old in target.items():
+        new = source[key]
+        if isinstance(old, dict):
+            copy_all(new, old)
+        elif (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(f"{key} is {new.dtype} of shape {tuple(new.shape)}")
+        elif not old.copy_(new).isfinite().all():
             raise ValueError(f"{key} has NaN or infinity in it")
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then move it into place: whole, or not at all."""
+def write_file(path: Path, write: Callable) -> None:
+    """Let `write` fill a temporary file, then move it into place, whole or not at all."""
     with refusing(f"cannot write {path}, which is as it was", "make room or name another place"):
-        target = path.resolve()  # a link stays a link, and the move stays on one file system
+        target = path.resolve()  # a link stays a link, the move on one file system
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{os.getpid()}.tmp")
         try:
@@ -795,75 +762,69 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, write: Callable[[Path], object], last: str = "") -> None:
-    """Let `write` fill a temporary folder, then move its files to `path`, the one named `last` last."""
+def write_folder(path: Path, write: Callable, last: str = "") -> None:
+    """Let `write` fill a temporary folder, then move its files, the one named `last` last."""
     with refusing(f"cannot write {path}", "make room or name another place"):
-        path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=path.resolve().parent) as temporary:
+        parent = path.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=parent) as temporary:
             write(Path(temporary))
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
-                write_file(path / file.name, lambda new, old=file: new.write_bytes(old.read_bytes()))
+            for old in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+                write_file(path / old.name, lambda new, old=old: new.write_bytes(old.read_bytes()))
 
 
 # --- Resuming ------------------------------------------------------------------------------------
 
 
 class TrainingState:
-    """The course of a training: its progress as it is printed, and a file for --resume.
+    """A training's progress, printed, and a file of what --resume needs beside seed and step."""
 
-    The file holds what is trained, the optimiser's moments, scaler, random generators, losses and
-    epochs so far, and the settings that have to be the same. Seed and step decide the rest, but for
-    the dropout of several processes.
-    """
-
-    MUST_MATCH = ("epochs", "max_steps", "batch_size", "lr", "warmup", "weight_decay", "max_grad_norm")
-    MUST_MATCH += ("seed", "max_length", "freeze_head", "use_dora")  # and data, base and adapter
+    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm seed"
+    MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
         self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
         self.path = args.output.with_name(f"{args.output.name}.state")
-        settings = {key: getattr(args, key, None) for key in self.MUST_MATCH}
-        settings |= {key: facts[key] for key in (*LORA_FACTS, "label_names", "fingerprint", "tokenizer")}
-        for name, part in zip(("training data", "validation data"), sets, strict=True):
+        known = vars(args) | facts | {"precision": record["precision"]}
+        keys = [*self.MUST_MATCH.split(), *LORA_FACTS]
+        self.settings = {key: str(known.get(key)) for key in keys}
+        for kind, part in zip(("training", "validation"), sets, strict=True):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
-            settings[name] = sha256(numbers).hexdigest()
-        settings["precision"] = record["precision"]
-        self.settings = {key: str(value) for key, value in settings.items()}
-        self.stopped = 0  # the number of the signal that came
+            self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
+        self.stopped, self.exit_code = False, 0
         self.done = 0  # steps, when last saved
 
     def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scaler) -> int:
-        """Make room for what a state holds; --resume fills it. Returns the first step's number."""
+        """Make room for a state, which --resume loads; return the first step."""
         self.steps_per_epoch, self.optimizer, self.scaler = steps_per_epoch, optimizer, scaler
         self.losses = torch.zeros(total_steps, device=self.model.device)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for p in trained.values():  # as AdamW does at its first step
             moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-        moments = {"state": {i: optimizer.state[p] for i, p in enumerate(trained.values())}}
+            optimizer.state[p] = {"step": p.new_zeros(()), **moments}
+        moments = {"state": dict(enumerate(optimizer.state.values()))}
         self.tensors = {"trained": trained, "optimizer": moments, "losses": self.losses}
         if self.args.resume and self.path.exists():
             self.load()
         elif self.args.resume:
             print(f"no training state {self.path} yet: starting from the beginning")
         self.epoch_start, self.clock = self.done, time.perf_counter()
-        is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()  # it keeps all states
-        is_silent = bool(is_notebook or rank_and_size()[0]) or None  # None: except on a terminal
-        self.bar = tqdm(total=total_steps, initial=self.done, disable=is_silent)
+        is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
+        silent = bool(is_notebook or rank_and_size()[0]) or None  # None: without a terminal
+        self.bar = tqdm(total=total_steps, initial=self.done, disable=silent)
         return self.done
 
     def load(self) -> None:
-        """Put everything back; raises InputError for a file that is not the state of this run."""
-        state = read_tensors(self.path)
-        with refusing(
-            f"{self.path}: not a training state of this run", "use the same, or start over without --resume"
-        ):
+        """Put everything back; raises InputError for a file that is no state of this run."""
+        with refusing(f"{self.path}: no state of this run", "use the same, or leave --resume out"):
+            state = read_tensors(self.path)
             for key, now in self.settings.items():
                 if (then := state["settings"][key]) != now:
-                    raise ValueError(f"{key} was {visible(then, 60)}, is now {visible(now, 60)}")
-            done, epochs, total = int(state["done"]), [*json.loads(state["epochs"])], len(self.losses)
-            ended = math.ceil(done / self.steps_per_epoch) if done == total else done // self.steps_per_epoch
-            if not 0 < done <= total or len(epochs) != ended:
+                    raise ValueError(f"{key} was {then!s:.60}, is now {now:.60}")
+            epochs = [*json.loads(state["epochs"])]
+            done, total = int(state["done"]), len(self.losses)
+            whole = math.ceil if done == total else math.floor  # the last epoch may be short
+            if not 0 < done <= total or len(epochs) != whole(done / self.steps_per_epoch):
                 raise ValueError(f"{len(epochs)} epochs in {done} steps")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
             self.scaler.load_state_dict(state["scaler"])
@@ -874,7 +835,7 @@ class TrainingState:
         print(f"resumed after step {done}{': this run is finished' if done == total else ''}")
 
     def save(self, done: int) -> None:
-        """Write the state after `done` steps; weights that are not finite are never written."""
+        """Write the state after `done` steps, if all is finite."""
         self.check_finite(done)
         self.done = done
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
@@ -887,65 +848,59 @@ class TrainingState:
     def check_finite(self, done: int) -> None:
         """Raise InputError where a loss so far or a weight now is not finite."""
         tensors = [self.losses[:done], *self.tensors["trained"].values()]
-        if not all(tensor.detach().sum().isfinite() for tensor in tensors):
-            what = f"step {done}: the loss or a weight is not finite"
-            raise InputError(f"{what}, with a rate of {self.args.lr:g}; lower --lr")
+        if not all(tensor.sum().isfinite() for tensor in tensors):
+            raise InputError(f"step {done}: loss or weight not finite; lower --lr {self.args.lr:g}")
 
     def report(self, done: int) -> None:
-        """Show the mean loss of the last steps: on a terminal's bar, or on a line now and then."""
+        """Show the loss of the last steps, on a bar or now and then on a line."""
         self.check_finite(done)  # rarely: it waits for the GPU
-        self.seconds = time.perf_counter() - self.clock
+        seconds, every = time.perf_counter() - self.clock, self.args.log_every
         sentences = min((done - self.epoch_start) * self.args.batch_size, self.sentences)
-        self.speed = sentences / self.seconds
-        loss = self.losses[max(0, done - self.args.log_every) : done].mean()
+        self.pace = {"seconds": seconds, "sentences_per_second": sentences / seconds}
+        loss = self.losses[:done][-every:].mean()
         rate = self.optimizer.param_groups[0]["lr"]
-        said = f"loss {loss:.4f}, lr {rate:.1e}, {self.speed:.0f} sentences/s"
-        self.bar.set_postfix_str(said)
+        progress = f"loss {loss:.4f}, lr {rate:.1e}, {sentences / seconds:.0f} sentences/s"
+        self.bar.set_postfix_str(progress)
         self.bar.update(done - self.bar.n)
-        if self.bar.disable and done % (10 * self.args.log_every) == 0:
-            print(f"step {done}/{len(self.losses)}: {said}", flush=True)
+        if self.bar.disable and done % (10 * every) == 0:
+            print(f"step {done}/{len(self.losses)}: {progress}", flush=True)
 
     def end_epoch(self, done: int, eval_loss: float, confusion: Tensor) -> None:
-        """Add the epoch to the record, and print it."""
+        """Record and print the epoch."""
         epochs, result = self.record["epochs"], score(confusion)
         losses = self.losses[len(epochs) * self.steps_per_epoch : done]
+        loss = losses.mean().item()
         epoch = {"epoch": len(epochs) + 1, "steps": len(losses)}
-        epoch |= {"train_loss": losses.mean().item(), "eval_loss": eval_loss}
-        epoch |= {"seconds": self.seconds, "sentences_per_second": self.speed}
+        epoch |= {"train_loss": loss, "eval_loss": eval_loss, **self.pace}
         epochs.append(epoch | {key: result[key] for key in ("accuracy", "correct", "total")})
         self.bar.clear()
-        said = f"training loss {epoch['train_loss']:.4f}, validation loss {eval_loss:.4f}"
-        print(f"epoch {len(epochs)}: {said}, {result['text']}, {self.seconds:.1f} s", flush=True)
+        print(f"epoch {len(epochs)}: training loss {loss:.4f}, validation loss", end=" ")
+        print(f"{eval_loss:.4f}, {result['text']}, {epoch['seconds']:.1f} s", flush=True)
         self.epoch_start, self.clock = done, time.perf_counter()
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Note Ctrl-C, SIGTERM and SIGHUP and finish the step; a second of a kind ends at once."""
+        """Finish the step on Ctrl-C, SIGTERM or SIGHUP; a second of a kind ends at once."""
 
         def remember(number: int, _: object) -> None:
-            self.stopped = number
+            self.stopped, self.exit_code = True, 128 + number
             signal.signal(number, signal.SIG_DFL)
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
-        former = {number: signal.signal(number, remember) for number in numbers}
-        try:
+        with self.bar, contextlib.ExitStack() as former:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    former.callback(signal.signal, number, signal.signal(number, remember))
             yield
-        finally:
-            self.bar.close()
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     def leave_group(self) -> bool:
-        """Part from other processes; whether this one goes on, as the first that nothing stopped."""
+        """Part from other processes; True for the first, unless it was stopped."""
         rank, every = rank_and_size()[0], self.args.log_every
-        blocks = [round(block.mean().item(), 5) for block in self.losses.split(every)]
-        self.record["loss_curve"] = {"every": every, "loss": blocks}
+        losses = [round(block.mean().item(), 5) for block in self.losses.split(every)]
+        self.record["loss_curve"] = {"every": every, "loss": losses}
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.stopped:
             print(f"stopped after step {self.done}; the same command with --resume continues")
-        self.exit_code = 128 + self.stopped if self.stopped else 0
         return rank == 0 and not self.stopped
 
 
@@ -953,12 +908,12 @@ class TrainingState:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those that torchrun started, and their count; else 0 of 1."""
+    """This process's number among torchrun's, and their count; else 0 of 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def share_gradients(model: nn.Module, seed: int) -> nn.Module:
-    """The model; of several processes each has the mean of all gradients, and its own dropout."""
+    """The model; of several processes with mean gradients, and with a dropout of its own."""
     rank, ranks = rank_and_size()
     if rank > 0:
         torch.manual_seed(seed + rank)
@@ -971,8 +926,8 @@ def own_part(whole: list) -> list:
 
 
 def own_share(batch: list[int]) -> tuple[list[int], float]:
-    """This process's part of a batch, and the factor that makes the mean over all the batch's."""
-    share = own_part(batch)  # of a short batch perhaps nothing: then a sentence with weight 0
+    """This process's part of a batch, and the factor that makes the mean over the batch."""
+    share = own_part(batch)  # perhaps nothing: then a sentence with weight 0
     return share or batch[:1], rank_and_size()[1] / len(batch) if share else 0.0
 
 
@@ -986,92 +941,84 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
 
 
 def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
-    """Print what is trained, on which base and machine: the beginning of the run's record."""
-    import platform
-
-    counts = dict.fromkeys(("lora", "head", "frozen base", "trained"), 0)
+    """Print what is trained, on which base and machine, and begin the run's record."""
+    layers = ", ".join(sorted(set(map(last_name, wrapped))))
+    details = {"lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"}
+    details["head"] = "frozen at its random start" if args.freeze_head else "trained"
+    details["frozen base"] = visible(args.model)
+    counts = dict.fromkeys(details, 0)
     for name, parameter in named.items():
         part = "lora" if "lora_" in name else "head" if name in head else "frozen base"
         counts[part] += parameter.numel()
-        counts["trained"] += parameter.numel() * parameter.requires_grad
-    layers = ", ".join(sorted({last_name(path) for path in wrapped}))
-    for part, what in (
-        ("lora", f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"),
-        ("head", "frozen at its random start" if args.freeze_head else "trained"),
-        ("frozen base", visible(args.model)),
-    ):
-        share = 100 * counts[part] / (sum(counts.values()) - counts["trained"])
-        print(f"{part:12}{counts[part]:>12,} {share:6.2f} %  {what}")
-    hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    for part, count in counts.items():
+        share = 100 * count / sum(counts.values())
+        print(f"{part:12}{count:>12,} {share:6.2f} %  {details[part]}")
+    counts["trained"] = sum(p.numel() for p in named.values() if p.requires_grad)
+    hardware = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
     if parameter.is_cuda:
         hardware = torch.cuda.get_device_name()
-    hardware = f"{hardware}, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions["transformers"], precision = transformers.__version__, str(dtype).removeprefix("torch.")
-    shown = ", ".join(map(" ".join, versions.items()))
-    print(f"{'machine':12}{hardware}, {precision}; {shown}", flush=True)
-    record = {"settings": json.loads(json.dumps(vars(args), default=str)), "versions": versions}
-    record |= {"hardware": hardware, "precision": precision, "parameters": counts}
-    return record | {"epochs": []}
+    hardware += f", {torch.get_num_threads()} threads"
+    precision = str(dtype).removeprefix("torch.")
+    versions = {"python": sys.version.split()[0]}
+    versions |= {library.__name__: str(library.__version__) for library in (torch, transformers)}
+    software = ", ".join(map(" ".join, versions.items()))
+    print(f"{'machine':12}{hardware}, {precision}; {software}", flush=True)
+    settings = json.loads(json.dumps(vars(args), default=str))
+    record = {"settings": settings, "versions": versions, "hardware": hardware}
+    return record | {"precision": precision, "parameters": counts, "epochs": []}
 
 
 def calibrate(model: nn.Module, sentences: Tokens) -> float:
-    """Make the model as sure as it is right: divide its logits by a temperature (arXiv:1706.04599).
+    """Make the model as sure as it is right: divide its logits by the likeliest temperature.
 
-    Of 1 to 10 it is the one under which the labels are likeliest. It goes into the head's last
-    layer, so every format has it, and no answer changes. A frozen head keeps 1.
+    See arXiv:1706.04599; it goes into the head's last layer. A frozen head keeps 1.
     """
-    others = re.compile("lora_|original_module")  # PEFT's
-    modules = [module for name, module in model.named_modules() if not others.search(name)]
-    outputs = model.config.num_labels
-    layer = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
-    temperature, what = 1.0, "not fitted: percentages may be far too sure"
-    if len(sentences) >= 10 and layer.weight.requires_grad:
+    own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
+    linear = [m for m in own if isinstance(m, nn.Linear)]
+    layer = [m for m in linear if m.out_features == model.config.num_labels][-1]
+    temperature, rows = 1.0, len(sentences)
+    if rows >= 10 and layer.weight.requires_grad:
         logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
         temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, sentences.labels).item())
     for parameter in layer.parameters():
         parameter.data /= temperature
-    if temperature > 1:  # 1 says that there were too few mistakes to learn it from
-        what = f"{temperature:.2f} divides the logits: fitted on the {len(sentences):,} validation sentences"
-    print(f"{'temperature':12}{what}")
+    how = "not fitted: percentages may be far too sure"  # or too few mistakes to learn it from
+    if temperature > 1:
+        how = f"{temperature:.2f} divides the logits: fitted on the {rows:,} validation sentences"
+    print(f"{'temperature':12}{how}")
     return temperature
 
 
 def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
-    """How often each label (row) was answered with each (column)."""
+    """The confusion matrix: given labels are rows, answers columns."""
     return torch.bincount(given * labels + answers, minlength=labels**2).view(labels, labels)
 
 
 def score(confusion: Tensor) -> dict:
-    """Accuracy in percent, its 95 % interval (Wilson, 1927), and macro-F1, as in scikit-learn."""
-    correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964  # of the normal
+    """Accuracy, its 95 % interval (Wilson, 1927) and macro-F1 as in scikit-learn, in percent."""
+    correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964
     accuracy, both = 100 * correct / total, confusion.sum(dim=0) + confusion.sum(dim=1)
     middle = (correct + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
-    return {
-        "accuracy": accuracy,
-        "correct": correct,
-        "total": total,
-        "interval": [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)],
-        "macro_f1": (200 * confusion.diagonal().double() / both).nanmean().item(),
-        "text": f"accuracy {accuracy:.2f} % ({correct}/{total})",
-    }
+    result = {"accuracy": accuracy, "correct": correct, "total": total}
+    result["interval"] = [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)]
+    result["macro_f1"] = (200 * confusion.diagonal().double() / both).nanmean().item()
+    return result | {"text": f"accuracy {accuracy:.2f} % ({correct}/{total})"}
 
 
 def report_labels(confusion: Tensor, label_names: list[str]) -> str:
-    """Precision, recall and F1 of each label in percent, how often it was answered, and the score."""
+    """A table of each label in percent, how often it was answered, and the score."""
     import pandas
 
     names = [visible(" ".join(name.split()), 20) for name in label_names]
     right, given, real = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     columns = {"label": names, "precision": 100 * right / given, "recall": 100 * right / real}
     columns |= {"F1": 200 * right / (given + real), "sentences": real}
-    header = list(columns)
+    header = [*columns, "answered as:", *names]
     if len(names) <= 10:
         columns |= {"answered as:": "", **dict(enumerate(confusion.T))}
-        header += ["answered as:", *names]
-    table = pandas.DataFrame(columns)
-    table = table.to_string(header=header, index=False, float_format="%.1f", na_rep="-")
+    layout = {"header": header[: len(columns)], "float_format": "%.1f", "na_rep": "-"}
+    table = pandas.DataFrame(columns).to_string(index=False, **layout)
     result = score(confusion)
     always = f"always {names[int(real.argmax())]!r}: {100 * int(real.max()) / result['total']:.2f} %"
     interval = "95 % between {:.0f} and {:.0f}".format(*result["interval"])
@@ -1079,7 +1026,7 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
 
 
 def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[str]) -> None:
-    """Write the run's record beside its result, print what came out, and how to ask it."""
+    """Write the run's record, print what came out, and how to ask it."""
     from shlex import join
 
     files = [args.output] if args.output.is_file() else args.output.glob("adapter_*")
@@ -1090,10 +1037,9 @@ def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[s
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, this is what it does:")
     print(report_labels(confusion, label_names))
     if result["correct"] <= confusion.sum(dim=1).max():
-        what = "always the commonest label would be as good"
-        print(f"nothing is learnt yet, {what}; give more rows, more --max-steps or another --lr")
-    script = str(Path(sys.argv[0]).with_name("playground.py"))
-    print("ask it:", join([sys.orig_argv[0], script, f"--model={args.output}", "A sentence."]))
+        print("no better than the commonest label; give more rows, --max-steps or another --lr")
+    command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
+    print("ask it:", join([*command, f"--model={args.output}", "A sentence."]))
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -1112,15 +1058,11 @@ RECIPES = {  # what becomes of flags that are not given: see tests/figures/resul
     "own": {"lr": 1e-3, "batch_size": 16, "epochs": 3, "targets": ["all-linear"]},
     "best": {"lr": 1e-3, "batch_size": 32, "epochs": 2, "targets": ["all-linear"]},
 }
-LEAST_STEPS = 400  # but for "published": fewer rows are seen more often
-MANY_LABELS = 20  # but for "published": from there on the rate is doubled
-RANGES = {"r": (1, 65_536), "alpha": (0, 1e6), "dropout": (0, 0.99), "max_length": (3, 10**6)}
-RANGES |= {"epochs": (1, 10**4), "max_steps": (1, 10**8), "train_samples": (1, 10**9)}
-RANGES |= {"batch_size": (1, 10**6), "log_every": (1, 10**8), "save_every": (1, 10**8)}
-RANGES |= {"lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e9)}
-RANGES |= {"seed": (0, 2**32 - 1), "threads": (1, 1024)}
+RANGES = {"r": (1, 65_536), "epochs": (1, 10**4), "threads": (1, 1024), "max_length": (3, 10**6)}
+RANGES |= {"alpha": (0, 1e6), "dropout": (0, 0.99), "warmup": (0, 1), "seed": (0, 2**32 - 1)}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-WITHOUT_HUB = "name a folder that is here, or make the demo's by ./setup.sh --demo and add --demo"
+WITHOUT_HUB = "name a folder that is here, or run ./setup.sh --demo and add --demo"
 
 
 class Parser(ArgumentParser):
@@ -1131,91 +1073,90 @@ class Parser(ArgumentParser):
 def make_parser(description: str, output: str) -> ArgumentParser:
     """The flags of both training scripts; `output` is where results go, {} the name of the data.
 
-    A number has its RANGES, what a recipe decides its place in RECIPES, what a state depends on in
-    TrainingState.MUST_MATCH, and what a checkpoint has to know in LORA_FACTS.
+    See also RANGES, RECIPES, TrainingState.MUST_MATCH and, for the adapter, LORA_FACTS.
     """
-    layout = {"usage": "%(prog)s [options]", "formatter_class": RawDescriptionHelpFormatter}
-    parser = Parser(description=description, **layout)
-    parser.output = output
-    name, number, real = {"metavar": "NAME"}, {"type": int}, {"type": float}
+    parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.usage, parser.output = "%(prog)s [options]", output
+    switch = {"action": "store_true"}
     add = parser.add_argument_group("model and data").add_argument
-    add("--demo", action="store_true", help=f"{DEMO['model']} on {DEMO['dataset']}, without the Hub")
-    add("--model", **name, help=f"folder or Hub name ({LOCAL['model']} if there, else {DISTILBERT[0]})")
-    add("--revision", **name, help="the Hub's revision of the model (pinned for DistilBERT)")
-    add("--dataset", **name, help=f"file, folder or Hub name ({LOCAL['dataset']} if there, else {GLUE[0]})")
-    add("--dataset-config", **name, help=f"configuration of a Hub data set ({GLUE[1]} of {GLUE[0]})")
-    add("--text-column", **name, help="(sentence, text, ... or the one of long texts)")
-    add("--label-column", **name, help="(label, class, ... or the one of few values)")
-    add("--label-names", **name, nargs="+", help="names for integer labels, in their order")
-    add("--train-samples", **number, help="train on so many random rows (all)")
-    add("--max-length", **number, default=128, help="tokens; longer text is cut (128)")
+    add("--demo", **switch, help=f"{DEMO['model']} on {DEMO['dataset']}")
+    add("--model", help=f"folder or Hub name ({LOCAL['model']}, else {DISTILBERT[0]})")
+    add("--revision", help="of a model of the Hub (pinned for DistilBERT)")
+    add("--dataset", help=f"file, folder or Hub name ({LOCAL['dataset']}, else {GLUE[0]})")
+    add("--dataset-config", help=f"of a data set of the Hub ({GLUE[1]} of {GLUE[0]})")
+    add("--text-column", help="(sentence, text, ... or the one of long texts)")
+    add("--label-column", help="(label, class, ... or the one of few values)")
+    add("--label-names", nargs="+", help="names of integer labels, in order")
+    add("--train-samples", type=int, help="so many random rows (all)")
+    add("--max-length", type=int, default=128, help="tokens; longer text is cut (128)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--r", **number, default=8, help="rank of the update (8)")
-    add("--alpha", **real, default=16.0, help="scaling = alpha / r (16)")
-    add("--dropout", **real, default=0.1, help="on the LoRA branch (0.1)")
-    add("--targets", **name, nargs="+", help="linear layers, or all-linear (by recipe)")
-    add("--use-rslora", action="store_true", help="scaling = alpha / sqrt(r) instead")
-    add("--freeze-head", action="store_true", help="leave the head as random as it starts")
+    add("--r", type=int, default=8, help="rank of the update (8)")
+    add("--alpha", type=float, default=16.0, help="scaling = alpha / r (16)")
+    add("--dropout", type=float, default=0.1, help="on the LoRA branch (0.1)")
+    add("--targets", nargs="+", help="linear layers, or all-linear (by recipe)")
+    add("--use-rslora", **switch, help="scaling = alpha / sqrt(r)")
+    add("--freeze-head", **switch, help="leave the head random")
     add = parser.add_argument_group("training").add_argument
-    what = "published for SST-2, own for other data (auto); best for many rows"
-    add("--recipe", choices=["auto", *RECIPES], default="auto", help=what)
-    add("--epochs", **number, help="times through the data (3; best 2; own 1 from 20,000 rows)")
-    add("--max-steps", **number, help="steps instead of epochs (own and best: at least 400)")
-    add("--batch-size", **number, help="sentences a step (16; best 32)")
-    add("--lr", **real, help="peak learning rate (published 2e-4, else 1e-3; from 20 labels 2e-3)")
-    add("--warmup", **real, default=0.06, help="share of the steps, then the rate decays (0.06)")
-    add("--weight-decay", **real, default=0.01, help="of AdamW (0.01)")
-    add("--max-grad-norm", **real, default=1.0, help="clipping of gradients; 0 means none (1)")
-    add("--seed", **number, default=42, help="of all randomness (42)")
+    add(
+        "--recipe",
+        choices=["auto", *RECIPES],
+        default="auto",
+        help="(SST-2 published, else own; best: many rows)",
+    )
+    add("--epochs", type=int, help="(3; best 2; own 1 from 20,000 rows)")
+    add("--max-steps", type=int, help="instead of epochs (own, best: at least 400)")
+    add("--batch-size", type=int, help="sentences a step (16; best 32)")
+    add("--lr", type=float, help="peak rate (published 2e-4, else 1e-3; from 20 labels 2e-3)")
+    add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
+    add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
+    add("--seed", type=int, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
-    what = "16 bits where the machine computes in them (auto)"
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=what)
-    add("--threads", **number, help="of the CPU (PyTorch's choice)")
-    add("--log-every", **number, default=20, help="steps a report, in a log ten times as many (20)")
-    add("--save-every", **number, default=500, help="steps a state for --resume (500)")
-    add("--resume", action="store_true", help="continue from the state beside --output")
+    add("--precision", choices=["auto", *TYPES], default="auto", help="16 bits where quick (auto)")
+    add("--threads", type=int, help="of the CPU (PyTorch's choice)")
+    add("--log-every", type=int, default=20, help="steps a report (20)")
+    add("--save-every", type=int, default=500, help="steps a state for --resume (500)")
+    add("--resume", **switch, help="go on from the state beside --output")
     add("--output", type=Path, help=f"where the result goes ({output.format('DATA')})")
     return parser
 
 
 def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """The flags, with the defaults that depend on --demo and on what this folder holds."""
+    """The flags, with the defaults that depend on --demo and on this folder."""
     args = parser.parse_args(argv)
-    for key, (low, high) in RANGES.items():
-        value = getattr(args, key, None)
-        if value is not None and not low <= value <= high:
-            flag = f"--{key.replace('_', '-')}"
-            raise InputError(f"{flag} {value} is not between {low} and {high}")
-    for key, name in (("model", DISTILBERT[0]), ("dataset", GLUE[0])):
-        default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else name
-        setattr(args, key, getattr(args, key) or default)
-    if args.model == DISTILBERT[0]:
-        args.revision = args.revision or DISTILBERT[1]
-    if args.dataset == GLUE[0]:
-        args.dataset_config = args.dataset_config or GLUE[1]
-    if args.output is None:
-        name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
-        is_sst2 = args.dataset in (GLUE[0], LOCAL["dataset"])
-        args.output = Path(parser.output.format("distilbert_sst2" if is_sst2 else name))
+    given = vars(args)
+    for key, value in given.items():
+        low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+    for key, detail, hub in (("model", "revision", DISTILBERT), ("dataset", "dataset_config", GLUE)):
+        default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else hub[0]
+        given[key] = given[key] or default
+        if given[key] == hub[0]:
+            given[detail] = given[detail] or hub[1]
+    name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
+    name = "distilbert_sst2" if args.dataset in (GLUE[0], LOCAL["dataset"]) else name
+    args.output = args.output or Path(parser.output.format(name))
     return args
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
-    """The flags, with those that --recipe and the size of the data decide; prints them."""
-    name, local = args.recipe, Path(LOCAL["dataset"]).resolve()
+    """The flags, with those that --recipe and the data decide; prints them."""
+    name = args.recipe
     if name == "auto":
-        is_sst2 = args.dataset == GLUE[0] or Path(args.dataset).resolve() == local
-        name = "published" if is_sst2 else "own"
-    recipe, given = dict(RECIPES[name]), {k: v for k, v in vars(args).items() if v is not None}
-    if name != "published" and labels >= MANY_LABELS:
+        is_local = Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
+        name = "published" if is_local or args.dataset == GLUE[0] else "own"
+    recipe = dict(RECIPES[name])
+    if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
         recipe["epochs"] = 1
+    given = {key: value for key, value in vars(args).items() if value is not None}
     chosen = Namespace(**vars(args) | recipe | given | {"recipe": name})
     steps = chosen.epochs * math.ceil(rows / chosen.batch_size)
-    if name != "published" and not args.epochs and steps < LEAST_STEPS:
-        chosen.max_steps = chosen.max_steps or LEAST_STEPS
+    if name != "published" and not args.epochs and steps < 400:  # few rows are seen more often
+        chosen.max_steps = chosen.max_steps or 400
     targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
     how = f"{targets} layers, {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
@@ -1224,18 +1165,19 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
 
 
 def check_output(output: Path, is_file: bool) -> None:
-    """Refuse, before the training, to write where it is impossible or replaces another's file."""
+    """Refuse, before the training, to write where one cannot or over another's file."""
     with refusing(f"--output {visible(output)}: cannot write there", "name another place"):
         if is_file and output.suffix != ".pt":
-            raise ValueError("the name of a checkpoint ends in .pt")
-        folder, result = (beside(output, ""), output) if is_file else (output, output / "lora_peft.json")
+            raise ValueError("it does not end in .pt")
+        folder = beside(output, "") if is_file else output
+        result = output if is_file else output / "lora_peft.json"
         record, state = beside(output, ".json"), output.with_name(f"{output.name}.state")
         others = [p for p in (record, state, result) if os.path.lexists(p) and not is_ours(p)]
-        is_new = not (result.exists() or state.exists())  # a run may have been stopped while it saved
-        if folder.is_file() or (folder.is_dir() and is_new and any(folder.iterdir())):
-            others.append(folder)
-        if others or (folder.is_symlink() and not folder.exists()):
-            raise ValueError(f"{[*others, folder][0]} exists and is no earlier result of this run")
+        is_free = not os.path.lexists(folder)
+        if folder.is_dir():  # a state alone: a run was stopped while it saved
+            is_free = result.exists() or state.exists() or not any(folder.iterdir())
+        if others or not is_free:
+            raise ValueError(f"{[*others, folder][0]} exists and is no result of this run")
         output.parent.mkdir(parents=True, exist_ok=True)
         for path in (record, state, folder / "config.json" if folder.is_dir() else folder):
             probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1244,41 +1186,36 @@ def check_output(output: Path, is_file: bool) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether this file's content says that this project wrote it."""
-    kinds = {"format", "state_dict"}, {"format", "trained"}, {"format", "fingerprint"}
+    """Whether a file's content is that of a result, a state or a record of this project."""
+    kinds = {"format", "fingerprint"}, {"format", "trained"}, {"settings", "loss_curve"}
     with contextlib.suppress(InputError), refusing(path, "not readable"):
-        is_json = path.suffix == ".json"
-        found = json.loads(path.read_text("utf-8")) if is_json else read_tensors(path)
-        return any(keys <= found.keys() for keys in (*kinds, {"settings", "loss_curve"}))
+        found = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
+        return any(keys <= found.keys() for keys in kinds)
     return False
 
 
 def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type to compute in; sets threads and seed, meets torchrun's processes."""
+    """The device and the type to compute in; sets threads and seed, joins torchrun's group."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.device not in ("auto", device.type):
-        raise InputError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    if args.precision == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16 needs a CUDA GPU; use fp32 or bf16 on the CPU")
+    precision = args.precision
+    has_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and (args.device == "cuda" or precision == "fp16"):
+        asked = f"--device {args.device} --precision {precision}"
+        raise InputError(f"{asked} needs a CUDA GPU; use --device cpu --precision fp32")
+    device = torch.device("cuda" if has_gpu else "cpu")
     if dist.is_torchelastic_launched():
-        if device.type == "cuda":
+        if has_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if has_gpu else "gloo")
     torch.manual_seed(args.seed)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return device, types.get(args.precision) or choose_precision(device)
-
-
-def choose_precision(device: torch.device) -> torch.dtype:
-    """The type in which a machine multiplies by itself; what is trained stays float32."""
-    if device.type == "cuda":  # bfloat16 since Ampere, before that float16
-        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if is_new else torch.float16
-    able = torch.cpu.get_capabilities()
-    has_bfloat16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    if precision == "auto" and has_gpu:  # bfloat16 since Ampere
+        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif precision == "auto":
+        able = torch.cpu.get_capabilities()
+        is_quick = any(map(able.get, ("amx_bf16", "avx512_bf16", "bf16")))
+        precision = "bf16" if is_quick else "fp32"
+    return device, TYPES[precision]
 
 
 # --- Mistakes ------------------------------------------------------------------------------------
@@ -1290,26 +1227,22 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def refusing(what: object, remedy: str) -> Iterator[None]:
-    """What a file from outside makes impossible in here becomes one line: `what` (why); `remedy`."""
+    """An error in here becomes the user's, in one line: `what` (why); `remedy`."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError, NameError):
         raise
     except Exception as error:
-        raise InputError(f"{what} ({reason(error)}); {remedy}") from error
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    kind = "" if type(error) is ValueError or isinstance(error, OSError) else type(error).__name__
-    return visible(f"{kind} {' '.join(str(error).split())}".strip(), 400)
+        kind = "" if isinstance(error, (ValueError, OSError)) else type(error).__name__
+        why = visible(" ".join(f"{kind} {error}".split()), 400)
+        raise InputError(f"{what} ({why}); {remedy}") from error
 
 
 def visible(value: object, width: int = 200) -> str:
-    """Text on one line of a terminal, to which control characters could do anything."""
+    """Text on one line of a terminal, without its control characters."""
     text = str(value)
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[: width + 1])
-    return shown if len(text) <= width else shown[: width - 1] + "…"
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def listed(values: list, most: int = 20) -> str:
@@ -1319,33 +1252,33 @@ def listed(values: list, most: int = 20) -> str:
 
 
 def note(text: str) -> None:
-    """Say on standard error what a user would want to know, and go on."""
+    """Say on standard error what a user may want to know."""
     print(f"note: {visible(text, 500)}", file=sys.stderr)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main`; a mistake of the user's becomes one line on standard error and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - where it is closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    with contextlib.suppress(AttributeError):  # a notebook's stream takes every character
+    """Call `main`; a mistake becomes one line on standard error and exit code 2."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 - for closed streams
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    with contextlib.suppress(AttributeError):  # a notebook's takes every character
         sys.stdout.reconfigure(errors="replace")
     is_first = not dist.is_torchelastic_launched() or os.environ.get("RANK") == "0"
     try:
-        with contextlib.redirect_stdout(sys.stdout if is_first else None):
+        with contextlib.redirect_stdout(sys.stdout if is_first else nowhere):
             code = main()
-            print(end="", flush=True)
+            sys.stdout.flush()
         sys.exit(code)
-    except KeyboardInterrupt:  # before or after the training: nothing is to be saved
+    except KeyboardInterrupt:  # outside the training: nothing to save
         sys.exit(130)
-    except BrokenPipeError:  # a reader that has enough, as `| head`; Python flushes once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as by `| head`; Python flushes once more
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(141)
     except InputError as error:
         mistake = error
     except (MemoryError, torch.OutOfMemoryError):
-        mistake = "the memory is full; lower --batch-size or --max-length, or use less data"
-    except OSError as error:  # a folder without rights, a full disk, a folder that is gone
-        mistake = f"{error.filename or 'this machine'}: {reason(error)}; name another place"
+        mistake = "the memory is full; lower --batch-size or --max-length"
+    except OSError as error:  # a full disk, a folder that is gone
+        mistake = f"{error}; name another place"
     print("error:", visible(mistake, 2000), file=sys.stderr)
     sys.exit(2)
 
@@ -1354,18 +1287,18 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make a model quick, with or without LoRA in it: the same answers, but for rounding. Returns it.
+    """Make a model quick, with or without LoRA; return it. Only the rounding changes.
 
-    Its frozen weights are held in the type that is computed in (autocast would cast them at every step),
-    its last layer computes [CLS] alone, dropout masks are cheap, and on AMD oneDNN multiplies.
+    Frozen weights are held in the type computed in (autocast would cast them at every step),
+    the last layer computes [CLS] alone, dropout is cheap, and on AMD oneDNN multiplies.
     """
     for name, parameter in base.model.named_parameters():
-        if name not in base.head and not any(part in name for part in ("lora_", "modules_to_save")):
+        if name not in base.head and not re.search("lora_|modules_to_save", name):
             parameter.data = parameter.data.to(dtype)
     compute_cls_only(base.model)
     able = torch.cpu.get_capabilities()
     is_amd = "AMD" in str(able.get("cpu_name")) and able.get("avx512_f")
-    for module in base.model.modules():  # the same layers, tensors and all, of another class
+    for module in base.model.modules():  # the same tensors, another class
         if type(module) is nn.Dropout and not module.inplace:
             module.__class__ = CheapDropout
         if type(module) is nn.Linear and is_amd and torch.backends.mkldnn.is_available():
@@ -1380,34 +1313,26 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 
 def compute_cls_only(model: nn.Module) -> None:
-    """Let the last layer compute [CLS] alone, all that the head reads: 14 % less work.
-
-    In BERT, RoBERTa, ELECTRA and MPNet after attention, in DistilBERT also the query. The logits
-    change by rounding only (under 1e-6).
-    """
-    config, layers = model.config, model.config.num_hidden_layers
-    in_chunks = getattr(config, "chunk_size_feed_forward", 0)  # then it wants a multiple of them
-    if config.model_type in ("bert", "roberta", "electra", "mpnet") and layers and not in_chunks:
+    """Let the last layer compute [CLS] alone: 14 % less work, logits within 1e-6."""
+    config, kind = model.config, model.config.model_type
+    if not config.num_hidden_layers or getattr(config, "chunk_size_feed_forward", 0):
+        return  # chunks want a multiple of their size
+    if kind in ("bert", "roberta", "electra", "mpnet"):
         attention = model.base_model.encoder.layer[-1].attention
         attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
-    is_plain = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-    if config.model_type != "distilbert" or not layers or not is_plain:
+    if kind != "distilbert" or config._attn_implementation not in ("sdpa", "eager"):
         return
     block = model.base_model.transformer.layer[-1]
     attention = block.attention
 
-    def by_head(x: Tensor) -> Tensor:  # (batch, heads, tokens, head size)
-        return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-
     def forward(hidden: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
         cls = hidden[:, :1]  # (batch, 1, dim)
-        query = by_head(attention.q_lin(cls))
-        key = by_head(attention.k_lin(hidden))
-        value = by_head(attention.v_lin(hidden))
+        parts = attention.q_lin(cls), attention.k_lin(hidden), attention.v_lin(hidden)
+        parts = [x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for x in parts]
         mask = None if attention_mask is None else attention_mask[:, :, :1]
         rate = attention.dropout.p if block.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
-        mixed = attention.out_lin(mixed.transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=rate)
+        mixed = attention.out_lin(mixed.transpose(1, 2).flatten(2))  # (batch, 1, dim)
         cls = block.sa_layer_norm(mixed + cls)
         return block.output_layer_norm(block.ffn(cls) + cls)
 
@@ -1415,7 +1340,7 @@ def compute_cls_only(model: nn.Module) -> None:
 
 
 class CheapDropout(nn.Dropout):
-    """Dropout on a CPU, its rate met to 1/131,072: PyTorch's draws take up to a third of a step."""
+    """Dropout on a CPU, its rate met to 1/131,072; PyTorch's takes up to a third of a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or not 0 < self.p <= 0.99:
@@ -1438,16 +1363,12 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        gradient, weight = gradient.contiguous(), weight.t()
-        x = torch.ops.mkldnn._linear_pointwise(gradient, weight, None, "none", [], "")
-        return x, None, None  # (rows, in)
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(gradient.contiguous(), weight.t(), None, "none", [], ""), None, None
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer whose float32 products oneDNN computes, where its weight is not trained.
-
-    PyTorch gives them to MKL, which leaves AVX512 unused on AMD: 1.6 times as many sentences/s.
-    """
+    """A frozen layer, in float32 by oneDNN: on AMD 1.6 times as quick as MKL."""
 
     def forward(self, x: Tensor) -> Tensor:
         is_trained = self.weight.requires_grad and torch.is_grad_enabled()
@@ -1455,7 +1376,7 @@ class OneDNNLinear(nn.Linear):
         if is_trained or types != {torch.float32, "cpu"} or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = FrozenProduct.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return rows.view(*x.shape[:-1], self.out_features)  # made here: may be changed in place
+        return rows.view(*x.shape[:-1], self.out_features)  # may be changed in place
 
 
 if __name__ == "__main__":

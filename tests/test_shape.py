@@ -14,7 +14,7 @@ STEP = ["optimizer.param_groups[0]['lr']", "autocast", "logits", "loss", "backwa
 STEP += ["clip_grad_norm_", "step", "update", "zero_grad"]
 STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
-    "lora_scratch.py": 1462,
+    "lora_scratch.py": 1380,
     "lora_peft.py": 230,
     "playground.py": 560,
     "setup.sh": 90,
@@ -22,8 +22,8 @@ MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines,
     "tests/**/*.py": 6500,
     "tests/*.py": 5000,  # the tests and conftest.py
 }
-MOST_BYTES, MOST_DEFINITIONS = 78_400, 101  # of lora_scratch.py
-MEAN = {"lora_scratch.py": 64, "lora_peft.py": 60, "playground.py": 60}  # characters; the goal is 60
+MOST_BYTES, MOST_DEFINITIONS = 72_900, 97  # of lora_scratch.py
+MEAN = {"lora_scratch.py": 63, "lora_peft.py": 60, "playground.py": 60}  # characters; the goal is 60
 
 
 # --- The story
