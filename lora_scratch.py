@@ -639,11 +639,11 @@ def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
 
 
 def hold_out(rows: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Mixed rows to train on, and each label's first tenth of texts, if it has two: by text, so that
-    no held-out one is trained on."""
+    """Of mixed rows those to train on, and each label's first tenth of texts, if it has two."""
     texts = rows.drop_duplicates(["text", "label"])
     groups = texts.groupby("label")["text"]
     rank, size = groups.cumcount(), groups.transform("size")
+    # By text: no held-out one is trained on.
     held = rows["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
     return rows[~held], rows[held]
 
@@ -1071,9 +1071,9 @@ class Parser(ArgumentParser):
 
 
 def make_parser(description: str, output: str) -> ArgumentParser:
-    """The flags of both training scripts; `output` is where results go, {} the name of the data.
+    """The flags of both scripts; see also RANGES, RECIPES, MUST_MATCH and LORA_FACTS.
 
-    See also RANGES, RECIPES, TrainingState.MUST_MATCH and, for the adapter, LORA_FACTS.
+    `output` is where results go, {} the name of the data.
     """
     parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.output = "%(prog)s [options]", output

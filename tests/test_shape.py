@@ -14,7 +14,7 @@ STEP = ["optimizer.param_groups[0]['lr']", "autocast", "logits", "loss", "backwa
 STEP += ["clip_grad_norm_", "step", "update", "zero_grad"]
 STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
-    "lora_scratch.py": 1380,
+    "lora_scratch.py": 1385,
     "lora_peft.py": 230,
     "playground.py": 560,
     "setup.sh": 90,
