@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -72,18 +73,22 @@ class Child:
             sys.stdout.flush()
             os._exit(code)
 
+    def read(self) -> None:
+        assert select.select([self.end], [], [], 60)[0], self.output  # a test fails sooner than it hangs
+        more = os.read(self.end, 65536)
+        assert more, self.output
+        self.output += more
+
     def read_until(self, text: str, count: int = 1) -> None:
         while self.output.count(text.encode()) < count:
-            more = os.read(self.end, 65536)
-            assert more, self.output
-            self.output += more
+            self.read()
 
     def type(self, text: str, answers: int) -> None:
         """Wait for that many answers in all, and for the prompt: keys that come before it are lost."""
         os.write(self.end, text.encode())
         self.read_until(" %", answers)
         while b"> " not in self.output[self.output.rindex(b" %") :]:
-            self.output += os.read(self.end, 65536)
+            self.read()
 
     def finish(self, keys: str = "") -> tuple[int, str]:
         """Exit code and output. Keys are typed each second: Ctrl-C between two calls of readline is lost."""
@@ -94,8 +99,14 @@ class Child:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break
         with contextlib.suppress(OSError):  # from a terminal whose other side is gone
-            while more := os.read(self.end, 65536):
+            while select.select([self.end], [], [], 60)[0] and (more := os.read(self.end, 65536)):
                 self.output += more
+        for tenth in range(600):
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.1 if tenth else 0)
+        else:
+            os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.output.decode()
 
 
@@ -203,8 +214,11 @@ def test_every_kind_of_file_is_read(name, content, texts, here, tmp_path, capfd)
 def test_the_prompt_answers_until_exit_ctrl_d_or_ctrl_c(leave, here, monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     child = Child("--model", SCRATCH, terminal=True)
-    child.read_until("Ctrl-D")
-    child.type("\n  \nI loved it\n", answers=1)
+    for number, blank in enumerate(("\n", "  \n"), start=1):
+        child.read_until("> ", count=number)
+        os.write(child.end, blank.encode())
+    child.read_until("> ", count=3)
+    child.type("I loved it\n", answers=1)
     child.type("I hated it\n", answers=2)
     child.type("\x1b[A\x1b[A\n", answers=3)  # twice the arrow up: the line before the last
     code, output = child.finish(leave)
