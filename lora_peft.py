@@ -14,6 +14,7 @@ PEFT loads the folder that it writes without this project.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from argparse import Namespace
@@ -28,7 +29,7 @@ from lora_scratch import TrainingState, calibrate, describe, evaluate, finish, r
 from lora_scratch import check_output, choose_recipe, make_parser, parse_flags, prepare_machine
 from lora_scratch import adapter_facts, find_trained_base, load_tables, tensors_to_save, tokenize
 from lora_scratch import FORMAT, check_facts, copy_all, load_checkpoint, save_checkpoint
-from lora_scratch import refusing, write_folder
+from lora_scratch import refusing, seen_from, seen_from_here, write_folder
 
 # isort: on
 
@@ -48,10 +49,11 @@ def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraCon
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
+    name = os.path.abspath(facts["base"]) if os.path.exists(facts["base"]) else facts["base"]
     namesakes = [path for path in paths if last_name(path) in facts["targets"]]
     return peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
-        base_model_name_or_path=facts["base"],
+        base_model_name_or_path=name,
         revision=facts["revision"],
         r=facts["r"],
         lora_alpha=facts["alpha"],
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.import_scratch or args.export_scratch:
         return convert(args)
     args = parse_flags(parser, argv)
-    check_output(args.output, is_file=False)
+    check_output(args, is_file=False)
     device, dtype = prepare_machine(args)
 
     train_rows, eval_rows, label_names = load_tables(args)
@@ -138,7 +140,7 @@ def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict)
         adapter.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
         base.tokenizer.save_pretrained(temporary)
-        written = {**facts, "format": FORMAT, "tensors": digest_of(temporary)}
+        written = seen_from(folder, facts) | {"format": FORMAT, "tensors": digest_of(temporary)}
         text = json.dumps(written, indent=1)
         (temporary / FACTS_FILE).write_text(text, encoding="utf-8")
 
@@ -159,6 +161,7 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
     folder = Path(folder)
     with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = seen_from_here(folder, facts)
         found = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.load_peft_weights(str(folder), device="cpu")
         if facts.get("tensors", digest_of(folder)) != digest_of(folder):
@@ -191,7 +194,7 @@ def convert(args: Namespace) -> None:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
         raise InputError(f"--output {args.output or ''}: name a new place for the result")
-    check_output(args.output, is_file=args.import_scratch is None)
+    check_output(args, is_file=args.import_scratch is None)
     if args.import_scratch:
         source, facts = load_checkpoint(args.import_scratch, args.model)
         tensors = facts.pop("state_dict")

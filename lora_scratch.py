@@ -19,19 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
@@ -50,7 +53,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:  # else imported by those alone who read a table: half a second
     from pandas import DataFrame
 
-# === The method =================================================================================
+# === The method =====================================================
 
 
 class LoRALinear(nn.Module):
@@ -136,7 +139,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-# === Training ===================================================================================
+# === Training =======================================================
 
 
 def train(
@@ -240,12 +243,12 @@ def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, 
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-# === The run ====================================================================================
+# === The run ========================================================
 
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(make_parser(__doc__, "model/lora_scratch_{}.pt"), argv)
-    check_output(args.output, is_file=True)
+    check_output(args, is_file=True)
     device, dtype = prepare_machine(args)
     train_rows, eval_rows, label_names = load_tables(args)
     args = choose_recipe(args, len(train_rows), len(label_names))  # rate, steps, targets follow the data
@@ -272,9 +275,9 @@ def main(argv: list[str] | None = None) -> int | None:
     finish(args, record, confusion, label_names)
 
 
-# === PLUMBING: what a tool needs and the idea does not ==========================================
+# === PLUMBING: what a tool needs and the idea does not ==============
 
-# --- The base model ------------------------------------------------------------------------------
+# --- The base model -------------------------------------------------
 
 
 @dataclass
@@ -381,7 +384,7 @@ def last_name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-# --- Tables --------------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLITS = dict.fromkeys(["train", "training"], "training")  # by how a file's name starts
@@ -670,17 +673,35 @@ def number_labels(args: Namespace, train, validation) -> tuple[dict[str, int], l
     return {label: number for number, label in enumerate(labels)}, names
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------
 
 FORMAT = 1  # of every file; a reader refuses another number
+PLACES = ("base", "data")  # a path, in a file as seen from its folder; or a name of the Hub
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
 def adapter_facts(args: Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
     """What a checkpoint says beside its tensors: enough to build the model again."""
-    facts = {"base": args.model, "revision": base.revision, "label_names": label_names}
+    facts = {"base": args.model, "data": data_name(args), "revision": base.revision}
     facts |= {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
-    return facts | base.identity | {"targets": sorted(set(map(last_name, wrapped)))}
+    facts |= {"label_names": label_names, "targets": sorted(set(map(last_name, wrapped)))}
+    return facts | base.identity
+
+
+def data_name(args: Namespace) -> str:
+    return str(Path(args.dataset or "", args.dataset_config or ""))
+
+
+def seen_from(path: Path, facts: dict) -> dict:
+    """Facts to write into `path`: what is here is named as seen from there."""
+    here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
+    return facts | {key: os.path.relpath(name, path.parent) for key, name in here.items()}
+
+
+def seen_from_here(path: Path, facts: dict) -> dict:
+    """The facts of `path`, with the names of what is there as seen from here."""
+    there = {key: os.path.normpath(path.parent / facts[key]) for key in PLACES if key in facts}
+    return facts | {key: name for key, name in there.items() if os.path.exists(name)}
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
@@ -691,7 +712,7 @@ def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tens
 
 def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable) -> None:
     """Write facts, format and state_dict to a file, the tokenizer to a folder beside."""
-    checkpoint = {**facts, "format": FORMAT, "state_dict": tensors}
+    checkpoint = seen_from(path, facts) | {"format": FORMAT, "state_dict": tensors}
     write_file(path, lambda temporary: torch.save(checkpoint, temporary))
     write_folder(path.with_suffix(""), tokenizer.save_pretrained)
 
@@ -702,7 +723,7 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
     `base_name` says where its base is now. Raises InputError for what does not fit together.
     """
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
-        checkpoint = read_tensors(path)
+        checkpoint = seen_from_here(Path(path), read_tensors(path))
         check_facts(checkpoint, checkpoint["state_dict"])
         base = find_trained_base(checkpoint, base_name)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
@@ -726,10 +747,7 @@ def check_facts(facts: dict, tensors: dict) -> None:
     found = facts["format"], ranks, type(names), len({*names}), {type(text) for text in texts}
     if found != (FORMAT, {r}, list, max(2, len(names)), {str}):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
-    for key in ("alpha", "dropout", "max_length"):
-        low, high = RANGES[key]
-        if not isinstance(facts[key], (int, float)) or not low <= facts[key] <= high:
-            raise ValueError(f"{key} is {facts[key]}")
+    check_ranges({key: float(facts[key]) for key in ("alpha", "dropout", "max_length")})
 
 
 @torch.no_grad()
@@ -752,7 +770,7 @@ def write_file(path: Path, write: Callable) -> None:
     with refusing(f"cannot write {path}, which is as it was", "make room or name another place"):
         target = path.resolve()  # a link stays a link, the move on one file system
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.tmp")
         try:
             write(temporary)
             with open(temporary, "rb+") as file:
@@ -767,13 +785,14 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
     with refusing(f"cannot write {path}", "make room or name another place"):
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=parent) as temporary:
+        names = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": parent}
+        with TemporaryDirectory(**names) as temporary:
             write(Path(temporary))
             for old in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
                 write_file(path / old.name, lambda new, old=old: new.write_bytes(old.read_bytes()))
 
 
-# --- Resuming ------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------
 
 
 class TrainingState:
@@ -784,7 +803,7 @@ class TrainingState:
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
         self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
-        self.path = args.output.with_name(f"{args.output.name}.state")
+        self.path = Path(f"{args.output}.state")
         known = vars(args) | facts | {"precision": record["precision"]}
         keys = [*self.MUST_MATCH.split(), *LORA_FACTS]
         self.settings = {key: str(known.get(key)) for key in keys}
@@ -839,7 +858,8 @@ class TrainingState:
         self.check_finite(done)
         self.done = done
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
-        state |= {"epochs": json.dumps(self.record["epochs"]), "scaler": self.scaler.state_dict()}
+        state |= {"data": self.record["data"], "epochs": json.dumps(self.record["epochs"])}
+        state["scaler"] = self.scaler.state_dict()
         gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         state["generators"] = [torch.get_rng_state(), *gpu]
         if rank_and_size()[0] == 0:
@@ -904,7 +924,7 @@ class TrainingState:
         return rank == 0 and not self.stopped
 
 
-# --- Several processes ---------------------------------------------------------------------------
+# --- Several processes ----------------------------------------------
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -937,7 +957,7 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     return numbers
 
 
-# --- What a run says and writes ------------------------------------------------------------------
+# --- What a run says and writes -------------------------------------
 
 
 def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
@@ -964,8 +984,9 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     software = ", ".join(map(" ".join, versions.items()))
     print(f"{'machine':12}{hardware}, {precision}; {software}", flush=True)
     settings = json.loads(json.dumps(vars(args), default=str))
-    record = {"settings": settings, "versions": versions, "hardware": hardware}
-    return record | {"precision": precision, "parameters": counts, "epochs": []}
+    record = seen_from(args.output, {"data": data_name(args), "settings": settings})
+    record |= {"versions": versions, "hardware": hardware, "precision": precision}
+    return record | {"parameters": counts, "epochs": []}
 
 
 def calibrate(model: nn.Module, sentences: Tokens) -> float:
@@ -1047,7 +1068,7 @@ def beside(output: Path, ending: str) -> Path:
     return output.with_name(output.name.removesuffix(".pt") + ending)
 
 
-# --- Flags and the machine -----------------------------------------------------------------------
+# --- Flags and the machine ------------------------------------------
 
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # its revision last
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
@@ -1097,12 +1118,8 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--use-rslora", **switch, help="scaling = alpha / sqrt(r)")
     add("--freeze-head", **switch, help="leave the head random")
     add = parser.add_argument_group("training").add_argument
-    add(
-        "--recipe",
-        choices=["auto", *RECIPES],
-        default="auto",
-        help="(SST-2 published, else own; best: many rows)",
-    )
+    recipes = ["auto", *RECIPES]
+    add("--recipe", choices=recipes, default="auto", help="(SST-2 published, else own)")
     add("--epochs", type=int, help="(3; best 2; own 1 from 20,000 rows)")
     add("--max-steps", type=int, help="instead of epochs (own, best: at least 400)")
     add("--batch-size", type=int, help="sentences a step (16; best 32)")
@@ -1119,6 +1136,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--save-every", type=int, default=500, help="steps a state for --resume (500)")
     add("--resume", **switch, help="go on from the state beside --output")
     add("--output", type=Path, help=f"where the result goes ({output.format('DATA')})")
+    add("--overwrite", **switch, help="replace what was made from other data")
     return parser
 
 
@@ -1126,10 +1144,7 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """The flags, with the defaults that depend on --demo and on this folder."""
     args = parser.parse_args(argv)
     given = vars(args)
-    for key, value in given.items():
-        low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+    check_ranges(given)
     for key, detail, hub in (("model", "revision", DISTILBERT), ("dataset", "dataset_config", GLUE)):
         default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else hub[0]
         given[key] = given[key] or default
@@ -1139,6 +1154,13 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     name = "distilbert_sst2" if args.dataset in (GLUE[0], LOCAL["dataset"]) else name
     args.output = args.output or Path(parser.output.format(name))
     return args
+
+
+def check_ranges(settings: dict) -> None:
+    for key, value in settings.items():
+        low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
@@ -1164,34 +1186,57 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     return chosen
 
 
-def check_output(output: Path, is_file: bool) -> None:
-    """Refuse, before the training, to write where one cannot or over another's file."""
-    with refusing(f"--output {visible(output)}: cannot write there", "name another place"):
+def check_output(args: Namespace, is_file: bool) -> None:
+    """Hold the place of the result; refuse what cannot be written, or other work there."""
+    output, remedy = args.output, "name another place, or replace it with --overwrite"
+    with refusing(f"--output {visible(output)}: cannot write there", remedy):
         if is_file and output.suffix != ".pt":
             raise ValueError("it does not end in .pt")
         folder = beside(output, "") if is_file else output
         result = output if is_file else output / "lora_peft.json"
-        record, state = beside(output, ".json"), output.with_name(f"{output.name}.state")
-        others = [p for p in (record, state, result) if os.path.lexists(p) and not is_ours(p)]
-        is_free = not os.path.lexists(folder)
-        if folder.is_dir():  # a state alone: a run was stopped while it saved
-            is_free = result.exists() or state.exists() or not any(folder.iterdir())
-        if others or not is_free:
-            raise ValueError(f"{[*others, folder][0]} exists and is no result of this run")
         output.parent.mkdir(parents=True, exist_ok=True)
-        for path in (record, state, folder / "config.json" if folder.is_dir() else folder):
-            probe = path.resolve().with_name(f".{path.name}.{os.getpid()}.tmp")
+        if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
+            hold(output)
+        files = beside(output, ".json"), Path(f"{output}.state"), result
+        found = [path for path in files if os.path.lexists(path)]
+        data = seen_from(output, {"data": data_name(args)})["data"]
+        for path in [] if args.overwrite else found:
+            if (other := data_of(path)) != data:
+                raise ValueError(f"{path} was made from {other}")
+        is_new = not os.path.lexists(folder)
+        folder.mkdir(exist_ok=True)
+        if any(folder.iterdir()) and not found and not args.overwrite:
+            raise ValueError(f"{folder} holds other files")
+        for path in (*files[:2], folder / "config.json"):
+            probe = path.resolve().with_name(f".{path.name}.12345678.tmp")
             probe.touch()
             probe.unlink()
+        if is_new:
+            folder.rmdir()
+        for left in output.parent.glob(f".{escape(folder.name)}.*.tmp"):
+            shutil.rmtree(left)  # of a run that was killed
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file's content is that of a result, a state or a record of this project."""
-    kinds = {"format", "fingerprint"}, {"format", "trained"}, {"settings", "loss_curve"}
-    with contextlib.suppress(InputError), refusing(path, "not readable"):
+def data_of(path: Path) -> str:
+    """From what a result, a state or a record was made."""
+    with refusing(f"--output: {path} is no result of ours", "name another, or --overwrite it"):
         found = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
-        return any(keys <= found.keys() for keys in kinds)
-    return False
+        return found["data"]
+
+
+HELD = contextlib.ExitStack()  # open files, whose locks hold outputs for this run
+
+
+def hold(output: Path) -> None:
+    """Keep other runs on this machine away from an output, until this one ends."""
+    name = sha256(bytes(output.resolve())).hexdigest()[:16]
+    place = Path(gettempdir(), f"lora-{os.getuid()}-{name}")
+    file = HELD.enter_context(open(place, "w"))  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        what = f"--output {output}: another run writes it"
+        raise InputError(f"{what}; wait, or name another place") from error
 
 
 def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
@@ -1218,7 +1263,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     return device, TYPES[precision]
 
 
-# --- Mistakes ------------------------------------------------------------------------------------
+# --- Mistakes -------------------------------------------------------
 
 
 class InputError(ValueError):
@@ -1264,7 +1309,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="replace")
     is_first = not dist.is_torchelastic_launched() or os.environ.get("RANK") == "0"
     try:
-        with contextlib.redirect_stdout(sys.stdout if is_first else nowhere):
+        with contextlib.redirect_stdout(sys.stdout if is_first else nowhere), HELD:
             code = main()
             sys.stdout.flush()
         sys.exit(code)
@@ -1283,26 +1328,22 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(2)
 
 
-# --- Faster --------------------------------------------------------------------------------------
+# --- Faster ---------------------------------------------------------
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Make a model quick, with or without LoRA; return it. Only the rounding changes.
 
     Frozen weights are held in the type computed in (autocast would cast them at every step),
-    the last layer computes [CLS] alone, dropout is cheap, and on AMD oneDNN multiplies.
+    the last layer computes [CLS] alone, and dropout is cheap.
     """
     for name, parameter in base.model.named_parameters():
         if name not in base.head and not re.search("lora_|modules_to_save", name):
             parameter.data = parameter.data.to(dtype)
     compute_cls_only(base.model)
-    able = torch.cpu.get_capabilities()
-    is_amd = "AMD" in str(able.get("cpu_name")) and able.get("avx512_f")
-    for module in base.model.modules():  # the same tensors, another class
+    for module in base.model.modules():
         if type(module) is nn.Dropout and not module.inplace:
             module.__class__ = CheapDropout
-        if type(module) is nn.Linear and is_amd and torch.backends.mkldnn.is_available():
-            module.__class__ = OneDNNLinear
     return base.model
 
 
@@ -1350,33 +1391,6 @@ class CheapDropout(nn.Dropout):
         draws, least = draws[: x.numel()].view(x.shape), round(65_536 * self.p) - 32_768
         kept = torch.ge(draws, least, out=torch.empty_like(x))  # 0 or 1
         return x * kept.div_(1 - self.p)
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x (rows, in) → x Wᵀ + b (rows, out) by oneDNN; W (out, in) and b get no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        product = torch.ops.mkldnn._linear_pointwise
-        return product(gradient.contiguous(), weight.t(), None, "none", [], ""), None, None
-
-
-class OneDNNLinear(nn.Linear):
-    """A frozen layer, in float32 by oneDNN: on AMD 1.6 times as quick as MKL."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        is_trained = self.weight.requires_grad and torch.is_grad_enabled()
-        types = {x.dtype, self.weight.dtype, x.device.type, self.weight.device.type}
-        if is_trained or types != {torch.float32, "cpu"} or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        rows = FrozenProduct.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return rows.view(*x.shape[:-1], self.out_features)  # may be changed in place
 
 
 if __name__ == "__main__":

@@ -76,12 +76,14 @@ def test_the_checkpoint_is_small_and_plain(trained, tiny_base) -> None:
     assert size < trained.path.stat().st_size < size + 20_000
     facts = {key: value for key, value in trained.checkpoint.items() if key != "state_dict"}
     assert json.loads(json.dumps(facts)) == facts  # plain values alone
-    facts.pop("record")
+    settings = facts.pop("record")["settings"]
     identity = load_base(str(tiny_base), None, ["a", "b", "c"], 128).identity
     assert {key: facts.pop(key) for key in identity} == identity
     sizes = {"max_length": 128, "r": 8, "alpha": 16, "dropout": 0.1, "use_rslora": False}
     names = {"label_names": ["bad", "good"], "targets": ["q_lin", "v_lin"]}
-    assert facts == {"format": 1, "base": str(tiny_base), "revision": None} | names | sizes
+    places = {"base": tiny_base, "data": settings["dataset"]}
+    places = {key: os.path.relpath(place, trained.path.parent) for key, place in places.items()}
+    assert facts == {"format": 1, "revision": None} | places | names | sizes
 
 
 def test_the_record_has_settings_versions_machine_and_every_epoch(trained, tiny_base) -> None:
