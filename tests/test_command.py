@@ -232,6 +232,52 @@ def test_the_next_run_replaces_its_result_and_nothing_else(
     assert second[tensors] != first[tensors]
 
 
+@SCRIPTS
+def test_the_result_of_other_data_is_replaced_only_when_told(script, tiny_base, tiny_data, tmp_path) -> None:
+    """Tables of one name in two shops have one default output."""
+    output, other = tmp_path / ending(script, "a"), shutil.copytree(tiny_data, tmp_path / "other")
+    script.main(flags(tiny_base, tiny_data, *SHORT, "--output", output))
+    before = files_of(tmp_path)
+    arguments = flags(tiny_base, other, *SHORT, "--output", output)
+    refused(lambda: script.main(arguments), output.parent / "a", tiny_data.name)
+    assert files_of(tmp_path) == before
+    script.main([*arguments, "--overwrite"])
+    script.main(arguments)  # it is its own by now
+    assert json.loads((tmp_path / "a.json").read_text())["data"] == "other"
+
+
+def test_a_run_holds_its_output_and_sweeps_what_a_killed_one_left(tiny_base, tiny_data, tmp_path) -> None:
+    output, left = tmp_path / "a.pt", tmp_path / ".a.0abc1234.tmp"
+    write(left / "tokenizer.json", "{}")
+    given = flags(tiny_base, tiny_data, "--output", output)
+    command = [sys.executable, lora_scratch.__file__, *given, "--max-steps", "100000", "--log-every", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        any(line.startswith(b"step ") for line in process.stdout)
+        assert not left.exists()
+        before = files_of(tmp_path)
+        refused(lambda: main([*given, "--overwrite"]), output, "another run")
+        assert files_of(tmp_path) == before
+        process.kill()
+    main([*given, *SHORT])
+
+
+@SCRIPTS
+def test_what_is_moved_together_is_found_from_anywhere(
+    script, tiny_base, tiny_data, tmp_path, monkeypatch
+) -> None:
+    project, moved = tmp_path / "project", tmp_path / "moved"
+    for name, source in (("base", tiny_base), ("data", tiny_data)):
+        shutil.copytree(source, project / name)
+    monkeypatch.chdir(project)
+    result = Path("model", ending(script, "a"))
+    script.main([*flags("base", "data"), *SHORT, "--output", str(result)])
+    project.rename(moved)
+    monkeypatch.chdir("/")
+    load = load_checkpoint if script is lora_scratch else lora_peft.load_adapter
+    _, facts = load(moved / result)
+    assert [facts[key] for key in ("base", "data")] == [str(moved / "base"), str(moved / "data")]
+
+
 @pytest.mark.parametrize("taken", ["x.pt", "x", "x.json", "x.pt.state"])
 def test_a_conversion_replaces_nothing(taken: str, adapters: Path, tmp_path: Path) -> None:
     adapter = adapters / "model/lora_peft_distilbert_sst2"
