@@ -211,8 +211,9 @@ def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
 def evaluate(model: nn.Module, sentences: Tokens, batch_size: int) -> tuple[float, Tensor]:
     """Mean cross-entropy (nats), and how often each label (row) was answered with each (column)."""
     logits = predict(model, sentences, batch_size)
-    confusion = count_pairs(sentences.labels, logits.argmax(dim=1), logits.shape[1])
-    return F.cross_entropy(logits, sentences.labels).item(), confusion
+    labels, answers = logits.shape[1], logits.argmax(dim=1)
+    pairs = torch.bincount(sentences.labels * labels + answers, minlength=labels**2)
+    return F.cross_entropy(logits, sentences.labels).item(), pairs.view(labels, labels)
 
 
 def make_batches(lengths: list[int], batch_size: int, shuffle_seed: int | None = None) -> list[list[int]]:
@@ -1010,11 +1011,6 @@ def calibrate(model: nn.Module, sentences: Tokens) -> float:
     return temperature
 
 
-def count_pairs(given: Tensor, answers: Tensor, labels: int) -> Tensor:
-    """The confusion matrix: given labels are rows, answers columns."""
-    return torch.bincount(given * labels + answers, minlength=labels**2).view(labels, labels)
-
-
 def score(confusion: Tensor) -> dict:
     """Accuracy, its 95 % interval (Wilson, 1927) and macro-F1 as in scikit-learn, in percent."""
     correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964
@@ -1232,35 +1228,35 @@ def hold(output: Path) -> None:
     name = sha256(bytes(output.resolve())).hexdigest()[:16]
     place = Path(gettempdir(), f"lora-{os.getuid()}-{name}")
     file = HELD.enter_context(open(place, "w"))  # noqa: SIM115
-    try:
+    with refusing(f"--output {output}: another run writes it", "wait, or name another place"):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        what = f"--output {output}: another run writes it"
-        raise InputError(f"{what}; wait, or name another place") from error
 
 
 def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and the type to compute in; sets threads and seed, joins torchrun's group."""
+    has_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and (args.device == "cuda" or args.precision == "fp16"):
+        asked = f"--device {args.device} --precision {args.precision}"
+        raise InputError(f"{asked} needs a CUDA GPU; use --device cpu --precision fp32")
     if args.threads:
         torch.set_num_threads(args.threads)
-    precision = args.precision
-    has_gpu = args.device != "cpu" and torch.cuda.is_available()
-    if not has_gpu and (args.device == "cuda" or precision == "fp16"):
-        asked = f"--device {args.device} --precision {precision}"
-        raise InputError(f"{asked} needs a CUDA GPU; use --device cpu --precision fp32")
-    device = torch.device("cuda" if has_gpu else "cpu")
     if dist.is_torchelastic_launched():
         if has_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if has_gpu else "gloo")
     torch.manual_seed(args.seed)
-    if precision == "auto" and has_gpu:  # bfloat16 since Ampere
-        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif precision == "auto":
-        able = torch.cpu.get_capabilities()
-        is_quick = any(map(able.get, ("amx_bf16", "avx512_bf16", "bf16")))
-        precision = "bf16" if is_quick else "fp32"
-    return device, TYPES[precision]
+    device = torch.device("cuda" if has_gpu else "cpu")
+    return device, TYPES.get(args.precision) or quick_type(device)
+
+
+def quick_type(device: torch.device) -> torch.dtype:
+    """16 bits where the machine multiplies them quickly."""
+    if device.type == "cuda":  # bfloat16 since Ampere
+        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if is_new else torch.float16
+    able = torch.cpu.get_capabilities()
+    is_quick = any(map(able.get, ("amx_bf16", "avx512_bf16", "bf16")))
+    return torch.bfloat16 if is_quick else torch.float32
 
 
 # --- Mistakes -------------------------------------------------------
