@@ -292,7 +292,6 @@ class Base:
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
     """The pretrained encoder in float32 with a new random head; InputError if they do not fit."""
     transformers.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
     remedy = "name another with --model (playground.py: --base), or lower --max-length"
@@ -380,6 +379,7 @@ def use_cache_if_offline() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = answer is None or answer.status_code >= 500
         return client
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # a refusal is one line
     huggingface_hub.set_client_factory(connect)
 
 

@@ -27,7 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.commits = {}  # repository: {commit: {path: bytes}}
         self.branches = {}  # name: commit, of every repository
-        self.requests, self.fault, self.is_over = [], None, threading.Event()
+        self.requests, self.fault = [], None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @contextmanager
@@ -35,9 +35,10 @@ class Hub(ThreadingHTTPServer):
         """Count anew; it "hangs", "refuses" everyone (401), or "cuts" a model's weights in half."""
         self.requests.clear()
         self.fault = fault
-        yield
-        self.is_over.set()
-        self.fault, self.is_over = None, threading.Event()
+        try:
+            yield
+        finally:
+            self.fault = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.requests.append(f"{self.command} {self.path}")
         if hub.fault == "hangs":
-            hub.is_over.wait()
+            threading.Event().wait(60)
         if hub.fault == "refuses":
             return self.send(401, {"error": "Invalid credentials"})
         if self.path == "/":
