@@ -137,7 +137,7 @@ def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict)
     """A standard adapter folder with the tokenizer and our facts."""
 
     def write(temporary: Path) -> None:
-        adapter.save_pretrained(temporary)
+        adapter.save_pretrained(temporary, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
         base.tokenizer.save_pretrained(temporary)
         written = seen_from(folder, facts) | {"format": FORMAT, "tensors": digest_of(temporary)}
@@ -174,7 +174,8 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
             if settings.get(key) != wanted[key]:
                 raise ValueError(f"{key}={settings.get(key)!r} is not supported; use PEFT itself")
         adapter = wrap(base, config)
-        copy_all(tensors, peft.get_peft_model_state_dict(adapter))
+        own = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)  # "auto" asks the Hub
+        copy_all(tensors, own)
     model = adapter.merge_and_unload() if merge else base.model
     return replace(base, model=model.eval()), facts
 

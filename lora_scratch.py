@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
@@ -40,7 +41,9 @@ from zipfile import ZipFile
 
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else a question may call home, too
 
+import huggingface_hub
 import numpy
 import torch
 import torch.nn.functional as F
@@ -295,26 +298,23 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
-    if not is_local:
-        use_cache_if_offline()
     remedy = "name another with --model (playground.py: --base), or lower --max-length"
     with refusing(f"cannot use the base model {name!r}", remedy if is_local else WITHOUT_HUB):
-        file = transformers.utils.cached_file(name, "config.json", revision=revision)
-        revision = None if is_local else Path(file).parent.name  # a snapshot's folder
-        source = {"revision": revision, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(name, **source)
+        folder = Path(name) if is_local else fetch_base(name, revision)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: i for i, label in enumerate(label_names)}
         config.problem_type = "single_label_classification"  # whatever it was trained for
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         if config.is_encoder_decoder or config.num_hidden_layers > 200 or not pads_right:
             raise ValueError("no encoder of up to 200 layers that pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        model, report = load(name, **source, **options, output_loading_info=True)
+        model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
         model.config.pad_token_id = tokenizer.pad_token_id
+        model.name_or_path = name  # not the cache's folder: PEFT writes it down
         encoder = f"{model.base_model_prefix}."
         names = {name for name, _ in model.named_parameters()}
         head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)  # untrained
@@ -327,7 +327,18 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         identity = identify(model, tokenizer, head, max_length)
     if reshaped:
         note(f"{name} was trained for other labels: it gets a new head")
-    return Base(model, tokenizer, head, identity, revision)
+    return Base(model, tokenizer, head, identity, None if is_local else folder.name)
+
+
+def fetch_base(name: str, revision: str | None) -> Path:
+    """The folder of a commit in the Hub's cache; a request is made only for what it lacks."""
+    use_cache_if_offline()
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        files = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.codes", weights]}
+        folder = huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns="*/*", **files)
+        if any(Path(folder).glob(weights)):
+            break
+    return Path(folder)
 
 
 @torch.inference_mode()
@@ -362,22 +373,18 @@ def find_trained_base(facts: dict, base_name: str | None) -> Base:
 
 
 def use_cache_if_offline() -> None:
-    """Ask the Hub once, for 5 seconds; its libraries retry for half a minute."""
-    from threading import Thread
+    """Let the first request ask for 5 seconds if a Hub is there; else each tries for half a minute."""
 
-    from huggingface_hub import constants, get_session
+    def connect():
+        client, answer = huggingface_hub.utils._http.default_client_factory(), None
+        with contextlib.suppress(Exception):  # no network, no such name, offline on purpose
+            url, patience = huggingface_hub.constants.ENDPOINT, {"timeout": 5}
+            answer = ThreadPool(1).apply_async(client.head, [url], patience).get(5)  # or its look-up hangs
+        huggingface_hub.constants.HF_HUB_OFFLINE = answer is None or answer.status_code >= 500
+        return client
 
-    answers = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # no network, no such name, a captive portal
-            answers.append(get_session().head(constants.ENDPOINT, timeout=5))
-
-    if not constants.HF_HUB_OFFLINE:
-        thread = Thread(target=ask, daemon=True)  # to look up a name obeys no timeout
-        thread.start()
-        thread.join(5)
-        constants.HF_HUB_OFFLINE = not answers
+    huggingface_hub.utils.logging.set_verbosity_error()  # a refusal is one line
+    huggingface_hub.set_client_factory(connect)
 
 
 def last_name(path: str) -> str:
@@ -471,7 +478,8 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
     """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
     if not is_saved:
         use_cache_if_offline()
-    import datasets  # after the Hub was asked, whose answer it copies
+        huggingface_hub.get_session()  # ask it now: datasets copies the answer
+    import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()

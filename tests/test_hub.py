@@ -1,0 +1,146 @@
+"""The default path over a Hub: both scripts and the playground as processes, a Hub on localhost."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lora_scratch
+
+import datasets
+import pytest
+import torch
+from conftest import PEFT, SCRATCH, without_notes
+from hub import Hub
+from safetensors.torch import load, save
+
+HERE = Path(lora_scratch.__file__).parent
+(MODEL, PINNED), OTHER, NEWEST = lora_scratch.DISTILBERT, "b" * 40, "c" * 40  # commits
+NOBODY = "http://127.0.0.1:9"
+
+
+def as_parquet(file: Path) -> bytes:
+    """A table of GLUE as the Hub has it."""
+    rows = datasets.Dataset.from_csv(str(file), sep="\t")
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+    rows.add_column("idx", [*range(len(rows))]).to_parquet(made := io.BytesIO())
+    return made.getvalue()
+
+
+class Place:
+    """A folder to work in, with caches of its own."""
+
+    def __init__(self, folder: Path, hub: Hub):
+        self.folder, self.hub = folder, hub
+
+    def start(self, script: str, *arguments: object, cache="cache", url=None) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": url or self.hub.url, "HF_HOME": str(self.folder / cache)}
+        environment |= {"NO_PROXY": "*", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # nobody else is asked
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, str(HERE / f"{script}.py"), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
+
+    def ask(self, *arguments: object, **where: str) -> subprocess.Popen:
+        return self.start("playground", *arguments, "I loved it", "I hated it", **where)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """What a process said that ended well."""
+    said, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and without_notes(error) == "", error
+    return said
+
+
+def assert_refused(process: subprocess.Popen, what: str) -> None:
+    """One line that names `what`, and exit code 2."""
+    (line,) = without_notes(process.communicate(timeout=120)[1]).splitlines()
+    assert process.returncode == 2 and line.startswith("error: ") and what in line
+
+
+def revision_of(path: Path) -> str:
+    return torch.load(path, weights_only=True)["revision"]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A folder in which both scripts were run, without a flag, over a Hub with their defaults."""
+    with Hub() as hub:
+        hub.branches = {"main": PINNED, "v2": OTHER}
+        commits = hub.commits.setdefault(f"models/{MODEL}", {})
+        files = {file.name: file.read_bytes() for file in tiny_base.iterdir()}
+        for commit in (PINNED, OTHER, NEWEST):
+            commits[commit] = dict(files)
+            weights = {name: 1.5 * value for name, value in load(files["model.safetensors"]).items()}
+            files["model.safetensors"] = save(weights, {"format": "pt"})
+        tables = {"README.md": b"---\nconfigs:\n- config_name: sst2\n  data_dir: sst2\n---\n"}
+        for split, name in (("train", "train"), ("validation", "dev"), ("test", "dev")):
+            table = as_parquet(tiny_data / f"{name}.tsv")
+            tables[f"sst2/{split}-00000-of-00001.parquet"] = table
+        hub.commits[f"datasets/{lora_scratch.GLUE[0]}"] = {lora_scratch.GLUE[2]: tables}
+        place = Place(tmp_path_factory.mktemp("hub"), hub)
+        for process in [place.start(script) for script in ("lora_scratch", "lora_peft")]:
+            finished(process)
+        yield place
+        hub.shutdown()
+
+
+def test_the_commit_that_was_used_stands_in_the_file(place: Place) -> None:
+    assert revision_of(place.folder / SCRATCH) == PINNED
+    for name, key in (("lora_peft.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
+        facts = json.loads((place.folder / PEFT / name).read_text())
+        assert (facts[key], facts["revision"]) == (MODEL, PINNED)
+
+
+def test_what_is_whole_in_the_cache_is_not_asked_for(place: Place) -> None:
+    with place.hub.broken(None):
+        question = place.ask()
+        finished(place.start("playground", "--model", SCRATCH, "--glue", "SST-2.tsv"))
+        assert finished(question).count("LoRA_peft") == 2
+        assert place.hub.requests == []
+
+
+def test_what_the_hub_refuses_ends_in_a_line(place: Place) -> None:
+    with place.hub.broken("refuses"):
+        question = place.ask("--model", SCRATCH, cache="refused")
+        assert_refused(place.start("lora_scratch", "--output", "x.pt", cache="refused"), "nyu-mll/glue")
+        assert_refused(question, MODEL)
+
+
+@pytest.mark.slow
+def test_the_second_run_needs_no_hub(place: Place) -> None:
+    with place.hub.broken("hangs"):
+        hangs = place.start("lora_scratch", "--output", "hangs.pt")
+        finished(place.start("lora_scratch", "--output", "gone.pt", url=NOBODY))
+        finished(hangs)
+        assert place.hub.requests == ["HEAD /"]
+    assert revision_of(place.folder / "hangs.pt") == revision_of(place.folder / "gone.pt") == PINNED
+
+
+@pytest.mark.slow
+def test_a_revision_is_found_again_when_its_branch_has_moved(place: Place) -> None:
+    run = ["lora_scratch", "--output", "v2.pt", "--revision"]
+    finished(place.start(*run, "v2"))
+    assert revision_of(place.folder / "v2.pt") == OTHER
+    place.hub.branches = {"main": NEWEST, "v2": NEWEST}
+    elsewhere = place.ask("--model", "v2.pt", "--json", cache="elsewhere")
+    assert_refused(place.start(*run, "nowhere"), "nowhere")
+    expected = finished(elsewhere)
+    with place.hub.broken(None):
+        assert finished(place.ask("--model", "v2.pt", "--json")) == expected
+        assert place.hub.requests == []
+
+
+@pytest.mark.slow
+def test_half_a_model_is_not_taken_for_a_whole_one(place: Place) -> None:
+    question, cache = ["--model", SCRATCH, "--json"], "interrupted"
+    with place.hub.broken("cuts"):
+        assert_refused(place.ask(*question, cache=cache), MODEL)
+    assert_refused(place.ask(*question, cache=cache, url=NOBODY), MODEL)
+    with place.hub.broken(None):
+        assert finished(place.ask(*question, cache=cache)) == finished(place.ask(*question))
+        fetched = [path.rpartition("/")[2] for path in place.hub.requests if path.startswith("GET")]
+        assert fetched == ["model.safetensors"]
