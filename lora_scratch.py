@@ -478,7 +478,6 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
     """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
     if not is_saved:
         use_cache_if_offline()
-        huggingface_hub.get_session()  # ask it now: datasets copies the answer
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

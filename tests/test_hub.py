@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import PEFT, SCRATCH, without_notes
 from hub import Hub
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 HERE = Path(lora_scratch.__file__).parent
 (MODEL, PINNED), OTHER, NEWEST = lora_scratch.DISTILBERT, "b" * 40, "c" * 40  # commits
@@ -70,12 +70,12 @@ def place(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     """A folder in which both scripts were run, without a flag, over a Hub with their defaults."""
     with Hub() as hub:
         hub.branches = {"main": PINNED, "v2": OTHER}
-        commits = hub.commits.setdefault(f"models/{MODEL}", {})
         files = {file.name: file.read_bytes() for file in tiny_base.iterdir()}
-        for commit in (PINNED, OTHER, NEWEST):
-            commits[commit] = dict(files)
-            weights = {name: 1.5 * value for name, value in load(files["model.safetensors"]).items()}
-            files["model.safetensors"] = save(weights, {"format": "pt"})
+        commits = hub.commits[f"models/{MODEL}"] = {PINNED: dict(files)}
+        weights = load(files.pop("model.safetensors"))
+        for factor, commit in ((2, OTHER), (3, NEWEST)):  # in the older format
+            torch.save({name: factor * value for name, value in weights.items()}, made := io.BytesIO())
+            commits[commit] = files | {"pytorch_model.bin": made.getvalue()}
         tables = {"README.md": b"---\nconfigs:\n- config_name: sst2\n  data_dir: sst2\n---\n"}
         for split, name in (("train", "train"), ("validation", "dev"), ("test", "dev")):
             table = as_parquet(tiny_data / f"{name}.tsv")
