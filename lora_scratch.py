@@ -1060,8 +1060,6 @@ def finish(args: Namespace, record: dict, confusion: Tensor, label_names: list[s
     write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); reloaded, this is what it does:")
     print(report_labels(confusion, label_names))
-    if result["correct"] <= confusion.sum(dim=1).max():
-        print("no better than the commonest label; give more rows, --max-steps or another --lr")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", join([*command, f"--model={args.output}", "A sentence."]))
 
@@ -1182,9 +1180,8 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     steps = chosen.epochs * math.ceil(rows / chosen.batch_size)
     if name != "published" and not args.epochs and steps < 400:  # few rows are seen more often
         chosen.max_steps = chosen.max_steps or 400
-    targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
-    how = f"{targets} layers, {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
+    how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
     print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
