@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int | None:
-    train_rows, eval_rows, label_names = scratch.load_tables(args)
+    train_rows, eval_rows, about = scratch.load_tables(args)
+    label_names = about["label_names"]
     args = scratch.choose_recipe(args, len(train_rows), len(label_names))
     base = scratch.load_base(args.model, args.revision, label_names, args.max_length)
     train_set, eval_set = (
