@@ -415,7 +415,7 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
 
 
 def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
-    """Rows to train on and to validate by (text, label number; index from 1), and about them."""
+    """Rows to train on and to validate by (text, label number), and what is known of them."""
     where, tables = args.dataset, read_splits(args)
     if "training" not in tables:  # a folder for each label, say
         raise InputError(f"{where}: no training split; put texts and labels into train.csv")
@@ -437,7 +437,7 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
         held = held[: math.ceil(args.train_samples / 9)] if args.train_samples else held
         print(f"{visible(where)}: {len(held)} rows, about a tenth, are held out by seed")
     if held.empty:
-        raise InputError(f"{where}: too few texts to hold a tenth out; give a validation split")
+        raise InputError(f"{where}: too few texts to hold some out; give a validation split")
     train = train[: args.train_samples] if args.train_samples else train.sort_index()
     return train, held.sort_index(), about
 
@@ -490,7 +490,7 @@ def is_table(path: Path | None) -> bool:
 
 
 def read_file(path: Path) -> DataFrame:
-    """A file as a table, "NA" and "007" as text; attrs: separator, mark, header, class_names."""
+    """A file as a table, "NA" as text; attrs: separator, mark, header, class_names."""
     import csv
     import io
 
@@ -498,7 +498,7 @@ def read_file(path: Path) -> DataFrame:
     from pyarrow import parquet
 
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    with refusing(f"{path}: cannot be read", f"correct it, or give another ({listed(FORMATS)})"):
+    with refusing(f"{path}: cannot be read", f"correct it or give another: {listed(FORMATS)}"):
         if not is_table(path) or not (path.is_file() or path.is_dir()):  # a pipe can hang
             raise ValueError("no table")
         if kind == "parquet":  # or Spark's folder
@@ -510,7 +510,7 @@ def read_file(path: Path) -> DataFrame:
         else:
             text, is_marked = read_text(path)
             text = text if "\n" in text else text.replace("\r", "\n")
-            _, said, text = re.split(r"^[\r\n]*(?:sep=(.)[\r\n]+)?", text, maxsplit=1)  # to Excel
+            _, said, text = re.split(r"^[\r\n]*(?:sep=(.)[\r\n]+)?", text, maxsplit=1)  # Excel
             first = re.sub('"[^"]*"', "", text.partition("\n")[0])
             sep = said or max(",;\t", key=first.count)
             how = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
@@ -552,18 +552,13 @@ def read_text(path: Path) -> tuple[str, bool]:
 
 
 def read_json(path: Path) -> list[dict]:
-    """The rows: a list, an object with one list of objects, or one object a line."""
-    text, _ = read_text(path)
-    try:
-        rows = json.loads(text, parse_constant=str)
-    except json.JSONDecodeError:
-        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-        rows = json.loads(text, parse_constant=str)
+    """The rows: one object a line, a list, or an object with one list of objects."""
+    text = re.sub(r"}[ \t]*[\r\n]\s*{", "},\n{", read_text(path)[0])
+    rows = json.loads(f"[{text}]", parse_constant=str)
     json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
-    if isinstance(rows, dict):
-        lists = [v for v in rows.values() if isinstance(v, list) and {*map(type, v)} == {dict}]
-        rows = lists[0] if len(lists) == 1 else [rows]
-    return [{**row} for row in rows]
+    parts = rows[0].values() if len(rows) == 1 and isinstance(rows[0], dict) else rows
+    lists = [part for part in parts if isinstance(part, list) and {*map(type, part)} == {dict}]
+    return [{**row} for row in (lists[0] if len(rows) == len(lists) == 1 else rows)]
 
 
 def as_frame(table) -> DataFrame:
@@ -574,8 +569,7 @@ def as_frame(table) -> DataFrame:
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
-    found = {n.strip(): [*map(str, kind["names"])] for n, kind in kinds if "names" in kind}
-    frame.attrs["class_names"] = found
+    frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
 
 
@@ -590,7 +584,7 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
 
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str | None = None) -> str:
-    """The column of "text" or "label" by name; of two columns the text is the longer one."""
+    """The column of text or label: of a usual name or, of two, the longer or other."""
     usual = (TEXTS if what == "text" else LABELS).split()
     every = [n for n in table if n[:1].strip() and not n.startswith("Unnamed:")]
     names = [name for name in every if name != taken]
@@ -607,17 +601,16 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
 
 
 def is_blank(text: str) -> bool:
-    from unicodedata import category
-
-    return all(c.isspace() or category(c) == "Cf" for c in text)  # Cf: without width
+    """Whether no character can be seen."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
     """The rows with text and label, both as text, by number from 1."""
-    columns, what = [text, label or text], "text or label" if label else "text"
-    if missing := [name for name in columns if name not in table.columns]:
-        problem = f"no column {missing[0]!r} but {listed([*table.columns])}"
-        raise InputError(f"{where}: {problem}; see --text-column and --label-column")
+    columns = [text, label or text]
+    if missing := [name for name in columns if name not in table]:
+        what = f"no column {missing[0]!r} but {listed([*table])}"
+        raise InputError(f"{where}: {what}; see --text-column and --label-column")
     rows, lists = table[columns].astype(object), (list, numpy.ndarray)
     rows.columns, rows.index = ["text", "label"], range(1, len(rows) + 1)
     rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
@@ -630,10 +623,11 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
         labels = labels.map({str(i): name for i, name in enumerate(class_names)}).fillna("")
     rows["label"], rows.attrs["class_names"] = labels, class_names
     blank = rows.index[rows["text"].map(is_blank) | labels.map(is_blank)]
+    count = f"{len(blank):,} of {len(rows):,} rows"
     if len(blank) == len(rows):
-        raise InputError(f"{where}: no row has a {what}; give one")
+        raise InputError(f"{where}: {count} have no text or label; give one")
     if len(blank):
-        note(f"{where}: {len(blank):,} of {len(rows):,} rows, without {what}, are left out")
+        note(f"{where}: {count} have no text or label: left out")
     return rows.drop(blank)
 
 
@@ -647,7 +641,7 @@ def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
         ("rows have a text with several labels", train.index[labels_of_text > 1]),
         ("validation rows have a training text", held.index[held["text"].isin(train["text"])]),
         ("labels differ in capitals or space alone", counts.index[plain.duplicated(keep=False)]),
-        ("labels say: none", counts.index[counts.index.str.fullmatch("None|[Nn]a[Nn]|N/?A|null")]),
+        ("labels say none", counts.index[counts.index.str.fullmatch("None|[Nn]a[Nn]|N/?A|null")]),
         ("labels have fewer than ten rows", counts.index[counts < 10]),
     ):
         if len(found):
@@ -655,20 +649,19 @@ def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
 
 
 def number_labels(args: Namespace, columns, train, held) -> dict:
-    """About labels, by number, and columns: whole numbers go by value, words by alphabet."""
+    """About labels, in their order: numbers by value, words by alphabet; and columns."""
     class_names, found, (text, label) = train.attrs["class_names"], {*train["label"]}, columns
     are_words = not (class_names or all(re.fullmatch(r"-?\d{1,18}", one) for one in found))
     labels = class_names or sorted(sorted(found), key=str if are_words else int)
     names, shown = args.label_names or labels, listed(labels)
     unknown = listed(sorted({*held["label"]}.difference(labels)))
-    are_scores = are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found))
     fit = names == labels if are_words else len(labels) == len(names) == len({*names})
     is_named = args.label_column or text.lower() in TEXTS.split() or {*columns} == {"0", "1"}
     for is_wrong, what in (
         (label in found and not is_named, f"no names but data are first: {listed(columns)}"),
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
         (len(labels) < 2, f"{shown!r} is the only label"),
-        (are_scores, f"{listed(labels, 3)} are no whole numbers"),
+        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown} are not whole"),
         (unknown, f"no training row has the label {unknown}, but {shown}"),
         (not fit, f"{listed(names)} cannot name {shown}"),
     ):

@@ -105,6 +105,11 @@ MARKED = "\ufeff" + TSV + "a film\t1\nüber ☂ 好\t0\n"
             '{"sentence": NaN, "label": 0}{"sentence": "a"}'.replace("}{", "}\n{"),
             [["NaN", "0"]],
         ),
+        (
+            "braces.jsonl",
+            objects({"sentence": "} {", "label": 0}, {"sentence": "a", "label": 1}),
+            ["} {", "a"],
+        ),
         ("number.jsonl", objects({"sentence": 7, "label": 1}), [["7", "1"]]),
         ("excel.csv", "sep=;\r\nsentence;label\r\na, b, c, d;1\r\n", [["a, b, c, d", "1"]]),
         ("header.csv", '"sentence";label;"a, b, c"\nd;1;e\n', [["d", "1"]]),
