@@ -511,8 +511,7 @@ def read_file(path: Path) -> DataFrame:
             text, is_marked = read_text(path)
             text = text if "\n" in text else text.replace("\r", "\n")
             _, said, text = re.split(r"^[\r\n]*(?:sep=(.)[\r\n]+)?", text, maxsplit=1)  # Excel
-            first = re.sub('"[^"]*"', "", text.partition("\n")[0])
-            sep = said or max(",;\t", key=first.count)
+            sep = said or max(",;\t", key=re.sub('"[^"]*"', "", text.partition("\n")[0]).count)
             how = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
             if kind == "tsv":  # as GLUE writes it: a quotation mark is text
                 sep, text = "\t", text.replace("\r\n", "\n")
@@ -520,7 +519,7 @@ def read_file(path: Path) -> DataFrame:
             csv.field_size_limit(sys.maxsize)
             rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
             try:
-                sum(map(len, rows if kind == "csv" else []))
+                sum(map(len, rows if kind == "csv" else []))  # reads them all
             except csv.Error:  # else the rows up to the next mark are one
                 how["quoting"] = csv.QUOTE_NONE
                 note(f"{path}: line {rows.line_num}: a stray quotation mark, so all are text")
@@ -553,7 +552,7 @@ def read_text(path: Path) -> tuple[str, bool]:
 
 def read_json(path: Path) -> list[dict]:
     """The rows: one object a line, a list, or an object with one list of objects."""
-    text = re.sub(r"}[ \t]*[\r\n]\s*{", "},\n{", read_text(path)[0])
+    text = re.sub(r"}[ \t]*[\r\n]\s*{", "},\n{", read_text(path)[0])  # between lines
     rows = json.loads(f"[{text}]", parse_constant=str)
     json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
     parts = rows[0].values() if len(rows) == 1 and isinstance(rows[0], dict) else rows
@@ -592,17 +591,20 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
     if not found and len(every) <= 2:
         names = [n for n in names if n.lower() not in f"{TEXTS} {LABELS}".split()]
         found = sorted(names, key=lambda name: sum(table[name].map(str).map(len)))[-1:]
+        repeated = [n for n in every if n not in found and n in table[n].map(str).tolist()]
+        if repeated and not taken and every != ["0", "1"]:  # which pandas writes
+            raise InputError(f"{where}: put names above the first row, {listed(every)}")
     if len(found) != 1:
-        what = f"which of {listed(found or every)} is the {what}? See --{what}-column"
-        raise InputError(f"{where}: {what}")
+        raise InputError(f"{where}: which of {listed(found or every)} is the {what}? See --{what}-column")
     if found[0] != usual[0]:
         note(f"{where}: {found[0]!r} is taken for the {what}")
     return found[0]
 
 
 def is_blank(text: str) -> bool:
-    """Whether no character can be seen."""
-    return not any(c.isprintable() and not c.isspace() for c in text)
+    from unicodedata import category
+
+    return all(c.isspace() or category(c) == "Cf" for c in text)  # Cf: without width
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
@@ -641,7 +643,7 @@ def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
         ("rows have a text with several labels", train.index[labels_of_text > 1]),
         ("validation rows have a training text", held.index[held["text"].isin(train["text"])]),
         ("labels differ in capitals or space alone", counts.index[plain.duplicated(keep=False)]),
-        ("labels say none", counts.index[counts.index.str.fullmatch("None|[Nn]a[Nn]|N/?A|null")]),
+        ("labels look empty", counts.index[counts.index.str.fullmatch("None|[Nn]a[Nn]|N/?A|null")]),
         ("labels have fewer than ten rows", counts.index[counts < 10]),
     ):
         if len(found):
@@ -656,12 +658,10 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
     names, shown = args.label_names or labels, listed(labels)
     unknown = listed(sorted({*held["label"]}.difference(labels)))
     fit = names == labels if are_words else len(labels) == len(names) == len({*names})
-    is_named = args.label_column or text.lower() in TEXTS.split() or {*columns} == {"0", "1"}
     for is_wrong, what in (
-        (label in found and not is_named, f"no names but data are first: {listed(columns)}"),
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
         (len(labels) < 2, f"{shown!r} is the only label"),
-        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown} are not whole"),
+        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown} are no whole numbers"),
         (unknown, f"no training row has the label {unknown}, but {shown}"),
         (not fit, f"{listed(names)} cannot name {shown}"),
     ):
