@@ -576,7 +576,7 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
     """The columns of text and label: those given, or found."""
     found = text or choose_column(where, table, "text", taken=label)
     label = label or choose_column(where, table, "label", taken=found)
-    others = [n for n in table if n not in (found, label) and " " in "".join(table[n][:1].map(str))]
+    others = [n for n in table if n not in (found, label) and re.search(r"\D \D", str([*table[n][:1]]))]
     if others and not text:
         note(f"{where}: {found} is read, not {listed(others)}; see --text-column")
     return found, label
@@ -591,8 +591,8 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
     if not found and len(every) <= 2:
         names = [n for n in names if n.lower() not in f"{TEXTS} {LABELS}".split()]
         found = sorted(names, key=lambda name: sum(table[name].map(str).map(len)))[-1:]
-        repeated = [n for n in every if n not in found and n in table[n].map(str).tolist()]
-        if repeated and not taken and every != ["0", "1"]:  # which pandas writes
+        again = [n for n in every if n not in found and n in table[n].map(str).str.strip().tolist()]
+        if again and not taken and every != ["0", "1"]:  # which pandas writes
             raise InputError(f"{where}: put names above the first row, {listed(every)}")
     if len(found) != 1:
         raise InputError(f"{where}: which of {listed(found or every)} is the {what}? See --{what}-column")
@@ -617,7 +617,7 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
     rows.columns, rows.index = ["text", "label"], range(1, len(rows) + 1)
     rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
     is_text = rows.map(lambda v: numpy.isscalar(v) and not isinstance(v, bytes))
-    rows = rows.where(is_text & rows.notna(), "").map(str)
+    rows = rows.where(is_text & rows.notna(), "").map(str).astype(object)
     labels = rows["label"].str.strip().str.normalize("NFC")
     labels = labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)  # 1.0 is 1
     class_names = table.attrs.get("class_names", {}).get(label)

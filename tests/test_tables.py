@@ -535,7 +535,7 @@ def test_columns_that_are_not_clear_are_listed(header: str, named: list, tmp_pat
 
 def test_a_first_row_of_data_is_no_header(tmp_path: Path) -> None:
     """Unless a column is named: headers may be anything then."""
-    rows = "".join(f"a film {i},{'no' if i % 2 else 'yes'}\n" for i in range(40))
+    rows = "".join(f"a film {i}, {'no' if i % 2 else 'yes'}\n" for i in range(40))
     table = read_file(write(tmp_path / "a.csv", rows))
     refused(lambda: find_columns("here", table, None, None), "here", "a film 0, yes")
     refused(lambda: lora_scratch.choose_column("here", table, "text"), "here")
@@ -543,11 +543,11 @@ def test_a_first_row_of_data_is_no_header(tmp_path: Path) -> None:
 
 
 def test_a_second_text_is_named(tmp_path: Path, capsys) -> None:
-    rows = "".join(f"who is {i}?,{i},film {i},{i % 2}\n" for i in range(40))
-    path = write(tmp_path / "a.csv", f"question,id,sentence,label\n{rows}")
+    rows = "".join(f"who is {i}?,2026-01-01 9:00 AM,film {i},{i % 2}\n" for i in range(40))
+    path = write(tmp_path / "a.csv", f"question,when,sentence,label\n{rows}")
     assert load_about(path)[2]["text_column"] == "sentence"
     said = capsys.readouterr().err
-    assert "question" in said and "id" not in said
+    assert "question" in said and "when" not in said
     assert load_about(path, "--text-column", "question")[2]["text_column"] == "question"
     assert capsys.readouterr().err == ""
 
