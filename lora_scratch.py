@@ -415,7 +415,7 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
 
 
 def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
-    """Rows to train on and to validate by (text, label number), and what is known of them."""
+    """Rows to train on and rows to validate by (text, label number), and about both."""
     where, tables = args.dataset, read_splits(args)
     if "training" not in tables:  # a folder for each label, say
         raise InputError(f"{where}: no training split; put texts and labels into train.csv")
@@ -435,9 +435,9 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
         is_held = train["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
         train, held = train[~is_held], train[is_held]
         held = held[: math.ceil(args.train_samples / 9)] if args.train_samples else held
-        print(f"{visible(where)}: {len(held)} rows, about a tenth, are held out by seed")
+        print(f"{visible(where)}: {len(held):,} rows are held out by seed")
     if held.empty:
-        raise InputError(f"{where}: too few texts to hold some out; give a validation split")
+        raise InputError(f"{where}: too few texts to hold any out; give a validation split")
     train = train[: args.train_samples] if args.train_samples else train.sort_index()
     return train, held.sort_index(), about
 
@@ -635,18 +635,18 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
 
 def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
     """Say what in the data could surprise."""
-    labels_of_text = train.groupby("text")["label"].transform("nunique")
-    counts = train["label"].value_counts()
-    plain = counts.index.str.casefold().str.replace(r"\s", "", regex=True)
-    for what, found in (
-        ("rows repeat an earlier text", train.index[train["text"].duplicated()]),
-        ("rows have a text with several labels", train.index[labels_of_text > 1]),
-        ("validation rows have a training text", held.index[held["text"].isin(train["text"])]),
-        ("labels differ in capitals or space alone", counts.index[plain.duplicated(keep=False)]),
-        ("labels look empty", counts.index[counts.index.str.fullmatch("None|[Nn]a[Nn]|N/?A|null")]),
-        ("labels have fewer than ten rows", counts.index[counts < 10]),
+    by_text, counts = train.groupby("text")["label"], train["label"].value_counts()
+    labels = counts.index.to_series().str
+    plain = labels.casefold().str.replace(r"\s", "", regex=True)
+    for what, are_so in (
+        ("rows repeat an earlier text", train["text"].duplicated()),
+        ("rows have a text with several labels", by_text.transform("nunique") > 1),
+        ("validation rows have a training text", held["text"].isin(train["text"])),
+        ("labels differ in capitals or space alone", plain.duplicated(keep=False)),
+        ("labels look empty", labels.fullmatch("None|[Nn]a[Nn]|N/?A|null")),
+        ("labels have fewer than ten rows", counts < 10),
     ):
-        if len(found):
+        if found := [*are_so.index[are_so]]:
             note(f"{where}: {len(found):,} {what}: {listed(found, 10)}")
 
 
