@@ -104,15 +104,14 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(parser, argv)
     check_output(args, is_file=False)
     device, dtype = prepare_machine(args)
-
-    train_rows, eval_rows, label_names = load_tables(args)
-    args = choose_recipe(args, len(train_rows), len(label_names))
-    base = load_base(args.model, args.revision, label_names, args.max_length)
+    train_rows, eval_rows, about = load_tables(args)
+    args = choose_recipe(args, len(train_rows), len(about["labels"]))
+    base = load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
 
     wrapped = find_targets(base.model, base.head, args.targets)
-    facts = adapter_facts(args, base, label_names, wrapped)
+    facts = adapter_facts(args, base, about, wrapped)
     adapter = wrap(base, make_config(base, facts, args.use_dora), not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # into which PEFT has put its layers
     record = describe(args, own_names(dict(model.named_parameters())), base.head, wrapped, dtype)
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int | None:
     save_adapter(args.output, adapter, base, facts | {"record": record})
     reloaded, _ = load_adapter(args.output)
     _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
-    finish(args, record, confusion, label_names)
+    finish(args, record, confusion, about["label_names"])
 
 
 # === Files ======================================================================================

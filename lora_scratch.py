@@ -254,16 +254,16 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_flags(make_parser(__doc__, "model/lora_scratch_{}.pt"), argv)
     check_output(args, is_file=True)
     device, dtype = prepare_machine(args)
-    train_rows, eval_rows, label_names = load_tables(args)
-    args = choose_recipe(args, len(train_rows), len(label_names))  # rate, steps, targets follow the data
-    base = load_base(args.model, args.revision, label_names, args.max_length)
+    train_rows, eval_rows, about = load_tables(args)
+    args = choose_recipe(args, len(train_rows), len(about["labels"]))  # the rest follows the data
+    base = load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
 
     lora = {key: getattr(args, key) for key in LORA_FACTS}  # targets, r, alpha, dropout, use_rslora
     wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # the same answers, and the frozen weights in `dtype`
-    facts = adapter_facts(args, base, label_names, wrapped)  # what rebuilding needs beside the tensors
+    facts = adapter_facts(args, base, about, wrapped)  # what rebuilding needs beside the tensors
     record = describe(args, dict(model.named_parameters()), base.head, wrapped, dtype)
 
     state = TrainingState(args, model, facts, record, (train_set, eval_set))
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int | None:
     save_checkpoint(args.output, tensors, facts | {"record": record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
     _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
-    finish(args, record, confusion, label_names)
+    finish(args, record, confusion, about["label_names"])
 
 
 # === PLUMBING: what a tool needs and the idea does not ==============
@@ -394,13 +394,11 @@ def last_name(path: str) -> str:
 
 # --- Tables ---------------------------------------------------------
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 SPLITS = dict.fromkeys(["train", "training"], "training")  # by how a file's name starts
 SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
-USUAL = {  # names of columns
-    "text": "sentence text review comment message title content body description tweet query",
-    "label": "label labels class category sentiment intent stars rating topic target emotion",
-}
+TEXTS = "sentence text review comment message title content body description tweet query"
+LABELS = "label labels class category sentiment intent stars rating topic target emotion"
 
 
 @dataclass
@@ -418,8 +416,8 @@ class Tokens:
 def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
     """The texts as token numbers, cut at `max_length`."""
     texts, ids, cut = list(texts), [], 0
-    for start in range(0, len(texts), 10_000):  # what a tokenizer returns is large
-        found = tokenizer(texts[start : start + 10_000], truncation=True, max_length=max_length)
+    for start in range(0, len(texts), 1000):  # what a tokenizer returns is large
+        found = tokenizer(texts[start : start + 1000], truncation=True, max_length=max_length)
         ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
@@ -427,26 +425,32 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
     return Tokens(ids, torch.tensor([0] * len(ids) if labels is None else list(labels)))
 
 
-def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, list[str]]:
-    """Rows to train on, to validate by, and label names. A row: text, label number; index from 1."""
+def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
+    """Rows to train on and rows to validate by (text, label number), and about both."""
     where, tables = args.dataset, read_splits(args)
-    if "training" not in tables:
-        raise InputError(f"{where}: no training split; name a file train.csv")
+    if "training" not in tables:  # a folder for each label, say
+        raise InputError(f"{where}: no training split; put texts and labels into train.csv")
     columns = find_columns(where, tables["training"], args.text_column, args.label_column)
     rows = {split: read_rows(f"{where}: {split}", t, *columns) for split, t in tables.items()}
-    train, validation = rows["training"], rows.get("validation", rows["training"][:0])
-    numbers, names = number_labels(args, train, validation)
-    note_surprises(where, train, validation)
-    train, validation = (t.assign(label=t["label"].map(numbers)) for t in (train, validation))
+    train, held = rows["training"], rows.get("validation", rows["training"][:0])
+    about = number_labels(args, columns, train, held)
+    note_surprises(where, train, held)
+    numbers = {label: number for number, label in enumerate(about["labels"])}
+    train, held = (part.assign(label=part["label"].map(numbers)) for part in (train, held))
     generator = torch.Generator().manual_seed(args.seed)
     train = train.iloc[torch.randperm(len(train), generator=generator).numpy()]
-    if validation.empty:
-        train, validation = hold_out(train)
-        print(f"{visible(where)}: a tenth of each label, {len(validation)} rows, is held out by seed")
+    if held.empty:  # of each label the first tenth of the texts that have no other
+        texts = train.drop_duplicates(["text", "label"]).drop_duplicates("text", keep=False)
+        groups = texts.groupby("label")["text"]
+        rank, size = groups.cumcount(), groups.transform("size")
+        is_held = train["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
+        train, held = train[~is_held], train[is_held]
+        held = held[: math.ceil(args.train_samples / 9)] if args.train_samples else held
+        print(f"{visible(where)}: {len(held):,} rows are held out by seed")
+    if held.empty:
+        raise InputError(f"{where}: too few texts to hold any out; give a validation split")
     train = train[: args.train_samples] if args.train_samples else train.sort_index()
-    if train.empty or validation.empty:
-        raise InputError(f"{where}: too few rows to hold a tenth out; give a validation split")
-    return train, validation.sort_index(), names
+    return train, held.sort_index(), about
 
 
 def read_splits(args: Namespace) -> dict[str, DataFrame]:
@@ -454,16 +458,15 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     import pandas
 
     path, files, tables = Path(args.dataset), {}, {}
-    if path.is_file() or path.suffix.lower() in FORMATS:
+    if path.is_file() or is_table(path):
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
         return load_data_set(args, is_saved)
     for folder in (path / (args.dataset_config or "."), path, path / "data"):
-        for file in [] if files else sorted(folder.glob("*")):
-            stem = file.stem.lower().partition("-")[0]
-            if stem in SPLITS and file.suffix.lower() in FORMATS:
-                files.setdefault(SPLITS[stem], []).append(file)
+        for file in [] if files else filter(is_table, sorted(folder.glob("*"))):
+            if split := SPLITS.get(re.split("[-.]", file.name.lower())[0]):
+                files.setdefault(split, []).append(file)
     for split, parts in files.items():
         names = [part.name for part in parts]
         found = re.findall(r"-\d+-of-\d+", " ".join(names))  # train-00000-of-00002.parquet
@@ -493,56 +496,79 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
         return {SPLITS[name]: as_frame(table) for name, table in tables.items()}
 
 
+def is_table(path: Path | None) -> bool:
+    return str(path).lower().removesuffix(".gz").endswith(FORMATS)
+
+
 def read_file(path: Path) -> DataFrame:
-    """A file as a table, "NA" and "007" as text; attrs: header, separator, mark, class_names."""
-    from io import StringIO
+    """A file as a table, "NA" as text; attrs: separator, mark, header, class_names."""
+    import csv
+    import io
 
     import pandas
     from pyarrow import parquet
 
-    suffix = path.suffix.lower()
-    with refusing(f"{path}: cannot be read", f"correct it, or give another ({listed(FORMATS)})"):
-        if suffix == ".parquet":
-            table = as_frame(parquet.read_table(path))
-        elif suffix in (".json", ".jsonl"):
-            text, _ = read_text(path)
-            if not text.lstrip().startswith("["):  # one object a line
-                text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-            rows = json.loads(text)
-            json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
-            table = pandas.DataFrame([{**row} for row in rows], dtype=object)
-        elif suffix in FORMATS:
-            text, is_marked = read_text(path)
-            text = text.lstrip("\r\n")
-            separator = max(",;\t", key=text.partition("\n")[0].count)
-            options = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
-            if suffix == ".tsv":  # as GLUE writes it: a quote character is text
-                separator, text = "\t", text.replace("\r\n", "\n")
-                options |= {"quoting": 3, "lineterminator": "\n"}
-            table = pandas.read_csv(StringIO(text), sep=separator, **options)
-            table = table[1:].reset_index(drop=True).set_axis(table.iloc[0], axis=1)
-            table.attrs = {"separator": separator, "mark": is_marked}
-        else:
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    with refusing(f"{path}: cannot be read", f"correct it or give another: {listed(FORMATS)}"):
+        if not is_table(path) or not (path.is_file() or path.is_dir()):  # a pipe can hang
             raise ValueError("no table")
-    table.attrs["header"] = [str(name) for name in table.columns]
-    names = [name.strip() for name in table.attrs["header"]]
+        if kind == "parquet":  # or Spark's folder
+            table = as_frame(parquet.read_table(path))
+        elif kind == "xlsx":
+            table = pandas.read_excel(path, dtype=str, na_filter=False, engine="openpyxl")
+        elif kind in ("json", "jsonl"):
+            table = pandas.DataFrame(read_json(path), dtype=object)
+        else:
+            text, is_marked = read_text(path)
+            text = text if "\n" in text else text.replace("\r", "\n")
+            _, said, text = re.split(r"^[\r\n]*(?:sep=(.)[\r\n]+)?", text, maxsplit=1)  # Excel
+            sep = said or max(",;\t", key=re.sub('"[^"]*"', "", text.partition("\n")[0]).count)
+            how = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
+            if kind == "tsv":  # as GLUE writes it: a quotation mark is text
+                sep, text = "\t", text.replace("\r\n", "\n")
+                how |= {"quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
+            csv.field_size_limit(sys.maxsize)
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
+            try:
+                sum(map(len, rows if kind == "csv" else []))  # reads them all
+            except csv.Error:  # else the rows up to the next mark are one
+                how["quoting"] = csv.QUOTE_NONE
+                note(f"{path}: line {rows.line_num}: a stray quotation mark, so all are text")
+            table = pandas.read_csv(io.StringIO(text), sep=sep, **how)
+            table = table[1:].reset_index(drop=True).set_axis(table.iloc[0], axis=1)
+            table.attrs = {"separator": sep, "mark": is_marked}
+    names = [str(name).strip() for name in table.columns]
     names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
+    if names != [*table.columns]:  # pandas copies it time and again
+        table.attrs["header"] = [*map(str, table.columns)]
     return table.set_axis(names, axis=1)
 
 
 def read_text(path: Path) -> tuple[str, bool]:
-    """A file's text, by its mark, in UTF-8 or Windows-1252; whether it wants a mark."""
+    """A file's text, and whether it wants a mark; ValueError for a binary one."""
+    import gzip
+
     content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16"), True
-    if b"\0" in content:
-        raise ValueError("no text, or UTF-16 without its mark: save it as UTF-8")
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     try:
-        return content.decode("utf-8-sig"), content.startswith(b"\xef\xbb\xbf")
+        text = content.decode(codec := json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        text = content.decode(codec := "cp1252")
+        line = len(content[: error.end].splitlines())
         note(f"{path}: line {line} is not UTF-8; read as Windows-1252")
-        return content.decode("cp1252"), True
+    if "\0" in text:
+        raise ValueError("no text")
+    return text, codec != "utf-8"
+
+
+def read_json(path: Path) -> list[dict]:
+    """The rows: one object a line, a list, or an object with one list of objects."""
+    text = re.sub(r"}[ \t]*[\r\n]\s*{", "},\n{", read_text(path)[0])  # between lines
+    rows = json.loads(f"[{text}]", parse_constant=str)
+    json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
+    parts = rows[0].values() if len(rows) == 1 and isinstance(rows[0], dict) else rows
+    lists = [part for part in parts if isinstance(part, list) and {*map(type, part)} == {dict}]
+    return [{**row} for row in (lists[0] if len(rows) == len(lists) == 1 else rows)]
 
 
 def as_frame(table) -> DataFrame:
@@ -551,134 +577,108 @@ def as_frame(table) -> DataFrame:
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
-    frame.attrs["class_names"] = {name: kind["names"] for name, kind in kinds if "names" in kind}
+    frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
 
 
-def find_columns(where: str, table: DataFrame, text: str | None, label: str | None) -> tuple[str, str]:
+def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[str, str]:
     """The columns of text and label: those given, or found."""
-    text = text or choose_column(where, table, "text", taken=label)
-    label = label or choose_column(where, table, "label", taken=text)
-    if text == label:
-        raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
-    return text, label
+    found = text or choose_column(where, table, "text", taken=label)
+    label = label or choose_column(where, table, "label", taken=found)
+    others = [n for n in table if n not in (found, label) and re.search(r"\D \D", str([*table[n][:1]]))]
+    if others and not text:
+        note(f"{where}: {found} is read, not {listed(others)}; see --text-column")
+    return found, label
 
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str | None = None) -> str:
-    """The column of "text" or "label", by name or else by content; InputError if not clear."""
-    names = [name for name in table.columns if name not in ("", taken)]
-    names = [name for name in names if not name.startswith("Unnamed:")]  # pandas' own index
-    first, *more = USUAL[what].split()
-    found = [name for name in names if name.lower() == first]
-    found = found or [name for name in names if name.lower() in more]
-    found = found or [name for name in names if looks_like(what, table[name])]
+    """The column of text or label: of a usual name or, of two, the longer or other."""
+    usual = (TEXTS if what == "text" else LABELS).split()
+    every = [n for n in table if n[:1].strip() and not n.startswith("Unnamed:")]
+    names = [name for name in every if name != taken]
+    found = [n for n in names if n.lower() == usual[0]] or [n for n in names if n.lower() in usual]
+    if not found and len(every) <= 2:
+        names = [n for n in names if n.lower() not in f"{TEXTS} {LABELS}".split()]
+        found = sorted(names, key=lambda name: sum(table[name].map(str).map(len)))[-1:]
+        again = [n for n in every if n not in found and n in table[n].map(str).str.strip().tolist()]
+        if again and not taken and every != ["0", "1"]:  # which pandas writes
+            raise InputError(f"{where}: put names above the first row, {listed(every)}")
     if len(found) != 1:
-        problem = f"which of {listed(found or names)} is the {what}?"
-        raise InputError(f"{where}: {problem} Say it with --{what}-column")
-    [name] = found
-    if len(name) > 40 or name in table[name].head(2000).astype(str).tolist():
-        problem = f"the first row looks like data: {listed(names)}"
-        raise InputError(f"{where}: {problem}; put names above it, or say --{what}-column")
-    if name != first:
-        note(f"{where}: {name!r} is taken for the {what}")
-    return name
-
-
-def looks_like(what: str, column) -> bool:
-    """Whether a column has long varied texts, or few short values that come again."""
-    values = [str(value) for value in column.head(2000).dropna().tolist()]
-    count, length, kinds = len(values), len("".join(values)), len({*values})
-    if what == "text":
-        return length > 20 * count and kinds > count / 2
-    return length < 40 * count and 2 <= kinds <= max(2, count / 3)
+        raise InputError(f"{where}: which of {listed(found or every)} is the {what}? See --{what}-column")
+    if found[0] != usual[0]:
+        note(f"{where}: {found[0]!r} is taken for the {what}")
+    return found[0]
 
 
 def is_blank(text: str) -> bool:
-    """Whether all characters are white space or have no width."""
     from unicodedata import category
 
-    return all(c.isspace() or category(c) == "Cf" for c in text)
+    return all(c.isspace() or category(c) == "Cf" for c in text)  # Cf: without width
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
-    """The rows with something to read, by number from 1: text and label, both as text."""
-    from numbers import Number
-
+    """The rows with text and label, both as text, by number from 1."""
     columns = [text, label or text]
-    for column in columns:
-        if column not in table.columns:
-            what = f"no column {column!r} but {listed([*table.columns])}"
-            raise InputError(f"{where}: {what}; see --text-column and --label-column")
-    whole = table[columns].set_axis(["text", "label"], axis=1).astype(object)
-    whole = whole.where(whole.notna(), "").set_axis(range(1, len(whole) + 1))
+    if missing := [name for name in columns if name not in table]:
+        what = f"no column {missing[0]!r} but {listed([*table])}"
+        raise InputError(f"{where}: {what}; see --text-column and --label-column")
+    rows, lists = table[columns].astype(object), (list, numpy.ndarray)
+    rows.columns, rows.index = ["text", "label"], range(1, len(rows) + 1)
+    rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
+    is_text = rows.map(lambda v: numpy.isscalar(v) and not isinstance(v, bytes))
+    rows = rows.where(is_text & rows.notna(), "").map(str).astype(object)
+    labels = rows["label"].str.strip().str.normalize("NFC")
+    labels = labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)  # 1.0 is 1
     class_names = table.attrs.get("class_names", {}).get(label)
-    if class_names:
-        whole["label"] = whole["label"].map(dict(enumerate(class_names)).get)
-    rows = whole[~whole["text"].map(str).map(is_blank)]
-    if len(rows) < len(whole):
-        note(f"{where}: {len(whole) - len(rows):,} of {len(whole):,} rows have no text: left out")
-    if rows.empty:
-        raise InputError(f"{where}: no row has a text; give one")
-    for what, kinds in (("text", str), ("label", (str, Number))):
-        for row, value in rows[what].items():
-            if not isinstance(value, kinds) or not str(value).strip():
-                value = visible(repr(value), 100)
-                raise InputError(f"{where}: row {row}: the {what} is {value}; correct it")
-    rows.attrs["class_names"] = class_names
-    if class_names:
-        return rows
-    labels = rows["label"].map(str).str.strip()
-    return rows.assign(label=labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True))  # 1.0 is 1
+    if class_names:  # -1 is unlabelled
+        labels = labels.map({str(i): name for i, name in enumerate(class_names)}).fillna("")
+    rows["label"], rows.attrs["class_names"] = labels, class_names
+    blank = rows.index[rows["text"].map(is_blank) | labels.map(is_blank)]
+    count = f"{len(blank):,} of {len(rows):,} rows"
+    if len(blank) == len(rows):
+        raise InputError(f"{where}: {count} have no text or label; give one")
+    if len(blank):
+        note(f"{where}: {count} have no text or label: left out")
+    return rows.drop(blank)
 
 
-def note_surprises(where: str, train: DataFrame, validation: DataFrame) -> None:
+def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
     """Say what in the data could surprise."""
-    labels_of_text = train.groupby("text")["label"].transform("nunique")
-    is_trained = validation["text"].isin(train["text"])
-    counts = train["label"].value_counts()
-    lower = counts.index.str.casefold()
-    for what, found in (
-        ("rows repeat an earlier text", train.index[train["text"].duplicated()]),
-        ("rows have a text with several labels", train.index[labels_of_text > 1]),
-        ("validation rows have a training text", validation.index[is_trained]),
-        ("labels differ in capitals alone", counts.index[lower.duplicated(keep=False)]),
-        ("labels have fewer than ten rows", counts.index[counts < 10]),
+    by_text, counts = train.groupby("text")["label"], train["label"].value_counts()
+    labels = counts.index.to_series().str
+    plain = labels.casefold().str.replace(r"\s", "", regex=True)
+    for what, are_so in (
+        ("rows repeat an earlier text", train["text"].duplicated()),
+        ("rows have a text with several labels", by_text.transform("nunique") > 1),
+        ("validation rows have a training text", held["text"].isin(train["text"])),
+        ("labels differ in capitals or space alone", plain.duplicated(keep=False)),
+        ("labels look empty", labels.fullmatch("None|[Nn]a[Nn]|N/?A|null")),
+        ("labels have fewer than ten rows", counts < 10),
     ):
-        if len(found):
+        if found := [*are_so.index[are_so]]:
             note(f"{where}: {len(found):,} {what}: {listed(found, 10)}")
 
 
-def hold_out(rows: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Of mixed rows those to train on, and each label's first tenth of texts, if it has two."""
-    texts = rows.drop_duplicates(["text", "label"])
-    groups = texts.groupby("label")["text"]
-    rank, size = groups.cumcount(), groups.transform("size")
-    # By text: no held-out one is trained on.
-    held = rows["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
-    return rows[~held], rows[held]
-
-
-def number_labels(args: Namespace, train, validation) -> tuple[dict[str, int], list[str]]:
-    """Each label's number, and the names; whole numbers go by value, words by alphabet."""
-    class_names = train.attrs["class_names"]
-    found, every = {*train["label"]}, {*train["label"], *validation["label"]}
-    are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in every)
-    are_scores = all(re.fullmatch(r"-?\d{1,18}(\.\d+)?", label) for label in every)
-    labels = class_names or sorted(sorted(found), key=int if are_numbers else str)
-    names, are_words = args.label_names or labels, not (class_names or are_numbers)
-    unknown, shown = listed(sorted(every.difference(labels))), listed(labels)
+def number_labels(args: Namespace, columns, train, held) -> dict:
+    """About labels, in their order: numbers by value, words by alphabet; and columns."""
+    class_names, found, (text, label) = train.attrs["class_names"], {*train["label"]}, columns
+    are_words = not (class_names or all(re.fullmatch(r"-?\d{1,18}", one) for one in found))
+    labels = class_names or sorted(sorted(found), key=str if are_words else int)
+    names, shown = args.label_names or labels, listed(labels)
+    unknown = listed(sorted({*held["label"]}.difference(labels)))
+    fit = names == labels if are_words else len(labels) == len(names) == len({*names})
     for is_wrong, what in (
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
-        (len(labels) < 2, f"{labels[0]!r} is the only label"),
-        (are_words and are_scores, f"{listed(sorted(every), 3)} are no whole numbers"),
+        (len(labels) < 2, f"{shown!r} is the only label"),
+        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown} are no whole numbers"),
         (unknown, f"no training row has the label {unknown}, but {shown}"),
-        (are_words and names != labels, f"the labels have names: {shown}"),
-        (not len(labels) == len(names) == len({*names}), f"{listed(names)} do not name {shown}"),
+        (not fit, f"{listed(names)} cannot name {shown}"),
     ):
         if is_wrong:
             raise InputError(f"{args.dataset}: {what}; see --label-column and --label-names")
-    return {label: number for number, label in enumerate(labels)}, names
+    return {"labels": labels, "label_names": names, "text_column": text, "label_column": label}
 
 
 # --- Checkpoints ----------------------------------------------------
@@ -688,12 +688,11 @@ PLACES = ("base", "data")  # a path, in a file as seen from its folder; or a nam
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
-def adapter_facts(args: Namespace, base: Base, label_names: list[str], wrapped: list[str]) -> dict:
-    """What a checkpoint says beside its tensors: enough to build the model again."""
-    facts = {"base": args.model, "data": data_name(args), "revision": base.revision}
+def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) -> dict:
+    """What a checkpoint says beside its tensors: enough to build the model and to ask it."""
+    facts = {"base": args.model, "data": data_name(args), "revision": base.revision, **about}
     facts |= {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
-    facts |= {"label_names": label_names, "targets": sorted(set(map(last_name, wrapped)))}
-    return facts | base.identity
+    return facts | base.identity | {"targets": sorted(set(map(last_name, wrapped)))}
 
 
 def data_name(args: Namespace) -> str:
@@ -750,8 +749,10 @@ def read_tensors(path: str | Path) -> dict:
 def check_facts(facts: dict, tensors: dict) -> None:
     """Raise ValueError for another format, facts out of range or untrue of the tensors."""
     names, r = facts["label_names"], facts["r"]
+    known = {"labels": names, "data": "", "text_column": "", "label_column": "", **facts}
     ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
-    texts = [facts["base"], facts["fingerprint"], *names, *facts["targets"]]
+    texts = [known[key] for key in ("base", "data", "fingerprint", "text_column", "label_column")]
+    texts += [*names, *known["labels"], *facts["targets"]]
     found = facts["format"], ranks, type(names), len({*names}), {type(text) for text in texts}
     if found != (FORMAT, {r}, list, max(2, len(names)), {str}):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")

@@ -175,9 +175,9 @@ def test_training_is_the_plain_loop(limit, tiny_base, tiny_data, tmp_path) -> No
     """Schedule, clipping, decay, batches, dropout: the same tensors as from ten lines of PyTorch."""
     more = ["--max-steps", 10, "--lr", 0.01, "--warmup", 0.3, "--weight-decay", 0.5, "--max-grad-norm", limit]
     run = Run(tiny_base, tiny_data, tmp_path / "a.pt", *more, "--log-every", 1)
-    rows, _, names = load_tables(make_parser("", "").parse_args(run.flags))
+    rows, _, about = load_tables(make_parser("", "").parse_args(run.flags))
     torch.manual_seed(42)
-    base = load_base(str(tiny_base), None, names, 128)
+    base = load_base(str(tiny_base), None, about["label_names"], 128)
     lora_scratch.inject_lora(base.model, base.head)
     model = lora_scratch.speed_up(base).train()
     tokens = tokenize(rows["text"], base.tokenizer, 128, rows["label"])

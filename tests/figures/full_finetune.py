@@ -35,16 +35,16 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int | None:
-    train_rows, eval_rows, label_names = scratch.load_tables(args)
-    args = scratch.choose_recipe(args, len(train_rows), len(label_names))
-    base = scratch.load_base(args.model, args.revision, label_names, args.max_length)
+    train_rows, eval_rows, about = scratch.load_tables(args)
+    args = scratch.choose_recipe(args, len(train_rows), len(about["labels"]))
+    base = scratch.load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set, eval_set = (
         scratch.tokenize(rows["text"], base.tokenizer, args.max_length, rows["label"])
         for rows in (train_rows, eval_rows)
     )
     base.model.requires_grad_(True)
     model = scratch.speed_up(base).to(device)
-    facts = scratch.adapter_facts(args, base, label_names, wrapped=[])
+    facts = scratch.adapter_facts(args, base, about, wrapped=[])
     record = scratch.describe(args, dict(model.named_parameters()), base.head, [], dtype)
 
     state = scratch.TrainingState(args, model, facts, record, (train_set, eval_set))
@@ -57,7 +57,7 @@ def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch
     reloaded = scratch.speed_up(replace(base, model=reloaded)).to(device)
     _, confusion = scratch.evaluate(reloaded, eval_set, 2 * args.batch_size)
     size = (args.output / "model.safetensors").stat().st_size
-    record["result"] = scratch.score(confusion) | {"bytes": size, "label_names": label_names}
+    record["result"] = scratch.score(confusion) | {"bytes": size, "label_names": about["label_names"]}
     measure.write_record(args.output.with_suffix(".json"), record)
     print(f"saved {args.output}; reloaded, it answers {record['result']['accuracy']:.2f} % right")
 
