@@ -84,9 +84,9 @@ def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> M
 
 
 def training_data(model: Model) -> Path:
-    """Where the data of a model is, or its name where that is not known."""
+    """Where a model's data is, else its name."""
     with suppress(LookupError, TypeError):  # a stranger's file may hold anything
-        data = model.facts.get("data")  # as seen from the model's own place
+        data = model.facts.get("data")  # as seen from the model
         places = [model.path.parent / data, model.path / data] if data else []
         name = Path(model.facts["record"]["settings"]["dataset"])
         return next(filter(Path.exists, places), name)
@@ -94,7 +94,7 @@ def training_data(model: Model) -> Path:
 
 
 def describe_model(model: Model) -> str:
-    """What a model is: its file, its data, when it was saved and its labels."""
+    """What a model is: its file, data, date and labels."""
     file = model.path / "lora_peft.json" if model.path.is_dir() else model.path
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     data, labels = os.path.relpath(training_data(model)), listed(model.label_names, 10)
@@ -128,16 +128,13 @@ def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iter
 
 
 def choose_text(models: list[Model], args: Namespace, table) -> str:
-    """The column of texts: the one given, else as in training, else the likeliest."""
-    if args.text_column:
-        return args.text_column
-    trained = [model.facts.get("text_column") for model in models]
-    for name in filter(None, trained):
-        if name in table.columns:
-            return name
+    """The column of texts: as given, else as in training, else the likeliest."""
+    trained = models[0].facts.get("text_column")
+    if args.text_column or trained in table.columns:
+        return args.text_column or trained
     column = choose_column(args.file, table, "text", taken=args.label_column)
-    if any(trained):
-        note(f"{args.file}: {column!r} is read; it has no {trained[0]!r}, as in training")
+    if trained:
+        note(f"{args.file}: {column!r} is read; it has no {trained!r}, as in training")
     return column
 
 
@@ -158,7 +155,7 @@ def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
     start = next(blocks, b"")
     is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff") and start[2:4] != b"\0\0"
     if b"\0" in start and not is_utf16:
-        raise InputError(f"{name} is no text and no table; give one ({listed(FORMATS)})")
+        raise InputError(f"{name} is neither text nor a table; give one")
     codec = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "as_windows")
     for text in codecs.iterdecode(chain([start], blocks), *codec):
         *whole, rest = (rest + text).split("\n")
@@ -172,11 +169,10 @@ def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
 
 
 def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> Iterator[list[str]]:
-    """1,024 texts at a time, enough to sort by length, then those that come later."""
+    """1,024 texts at a time, to be sorted by length, then those that come later."""
     whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
     parts = (whole[i : i + 1024] for i in range(0, len(whole), 1024))
-    options = {"unit": " texts", "delay": 1, "dynamic_ncols": True, "disable": disable}
-    with tqdm(total=len(whole) or None, **options) as bar:
+    with tqdm(total=len(whole) or None, unit=" texts", disable=disable, delay=1) as bar:
         for chunk in chain(parts, later):
             yield chunk
             bar.update(len(chunk))
@@ -302,21 +298,19 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    file = args.file.resolve()
-    is_split = SPLITS.get(re.split("[-.]", file.name.lower())[0]) == "training"
-    if training_data(model).resolve() in [file, *(file.parents if is_split else [])]:
+    split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
+    folders = args.file.resolve().parents if split == "training" else ()
+    if training_data(model).resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
-    numbers = {str(i): name for i, name in enumerate(names)}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))
-    readings = [trained, same, trained | same]
-    has_numbers = any(re.fullmatch(r"-?\d+", label) for label in trained)
-    if counts.index.isin(numbers).all() and not has_numbers:
-        readings = [numbers]
+    places = {str(i): name for i, name in enumerate(names)}
+    if {*counts.index} - {*places} or any(re.fullmatch(r"-?\d+", label) for label in trained):
+        places = {}
+    readings = trained, same, trained | same, places
     reading = max(readings, key=lambda one: counts[counts.index.isin(one)].sum())
     if reading != same:
-        shown = f"{listed([*reading])} are read as {listed([*reading.values()])}"
-        note(f"{args.file}: the labels {shown}")
+        note(f"{args.file}: {listed([*reading])} are read as {listed([*reading.values()])}")
     unknown = counts[~counts.index.isin(reading)].sort_index()
     shown = listed([f"{label} ({count})" for label, count in unknown.items()])
     what = f"{args.file}: {unknown.sum():,} rows have labels unknown to {model.name}: {shown}"
@@ -361,7 +355,7 @@ def write_answers(models: list[Model], args: Namespace) -> None:
     import pandas
 
     texts, table = read_texts(models, args)
-    come_later = table is None and ending(args.output) != ".tsv"  # which may not hold one
+    come_later = table is None and ending(args.output) != ".tsv"  # it refuses tabs
     if table is None:
         texts = texts if come_later else list(texts)
         table = pandas.DataFrame({"text": [] if come_later else chain(*texts)}, dtype=str)
@@ -386,7 +380,8 @@ def write_answers(models: list[Model], args: Namespace) -> None:
 
     def write(temporary: Path) -> None:
         save = write_parquet if ending(args.output) == ".parquet" else write_text
-        save(temporary, table, answer_pieces(chunks([""] * len(table), True)), args)  # a trial
+        blank = chunks([""] * len(table), True)  # a trial, which asks no model
+        save(temporary, table, answer_pieces(blank), args)
         save(temporary, table, answer_pieces(texts), args)
         if args.output.exists():
             raise InputError(f"--output {args.output} exists by now; name a new file")
@@ -444,10 +439,8 @@ def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
         writer = parquet.ParquetWriter(path, schema)
     with writer:
         for piece in pieces:
-            with refusing(f"--output {args.output} cannot hold these rows", "name a .jsonl file"):
-                piece = piece.set_axis(schema.names, axis=1)  # with the spaces around them
-                rows = pyarrow.Table.from_pandas(piece, schema, preserve_index=False)
-            writer.write_table(rows)
+            piece = piece.set_axis(schema.names, axis=1)  # with their spaces
+            writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
 
 
 def serve(models: list[Model], args: Namespace) -> None:
@@ -485,8 +478,9 @@ def serve(models: list[Model], args: Namespace) -> None:
         text.submit(ask, text, parts, concurrency_id="models")
         with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # the data may be gone
             settings = Namespace(**models[0].facts["record"]["settings"])
-            settings.dataset = training_data(models[0])
-            if settings.dataset.is_file() or settings.dataset.is_dir():
+            data = training_data(models[0])
+            if data.is_file() or data.is_dir():
+                settings.dataset = str(data)
                 shown = [[sentence] for sentence in load_tables(settings)[1]["text"][:5]]
                 gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
         file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
@@ -559,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
     elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
         prompt(models, args)
     else:
-        texts, _ = read_texts(models, args, sys.stdout.isatty() or None)  # there the answers show it
+        texts, _ = read_texts(models, args, sys.stdout.isatty() or None)  # no bar there
         headed = len(args.sentences) != 1 or args.file is not None
         answer_all(models, texts, args, headed)
 
@@ -568,12 +562,11 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="(default: standard input, or a prompt)")
-    help = "FILE.pt or a folder of lora_peft.py, or several (default: the newest in ./model)"
+    help = "FILE.pt or a folder of lora_peft.py, or several (default: the newest)"
     add("--model", type=Path, action="append", default=[], metavar="PATH", help=help)
     add("--base", metavar="PATH", help="of the base model (default: where it lay in training)")
-    help = f"sentences: one a line (-: standard input), or a table ({', '.join(FORMATS)})"
-    add("--file", type=Path, help=help)
-    add("--text-column", help="of a table (default: as in training, else sentence, text, ...)")
+    add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
+    add("--text-column", help="of a table (default: as in training, or text, ...)")
     add("--label-column", help="judge the models by this column of --file (default: off)")
     help = f"write the rows or lines with their answers ({', '.join(ENDINGS)}; default: off)"
     add("--output", type=Path, metavar="FILE", help=help)
@@ -597,8 +590,8 @@ def check_flags(args: Namespace) -> str | None:
     has_table = args.file and is_table(args.file)
     if job == "label_column" and not (args.label_column and has_table):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
-    if has_table and args.file.exists() and not (args.file.is_file() or args.file.is_dir()):
-        raise InputError(f"--file {args.file} is no file; save the table as one")
+    if has_table and args.file.is_fifo():
+        raise InputError(f"--file {args.file} is a pipe; save the table as a file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output:
@@ -619,7 +612,7 @@ def check_flags(args: Namespace) -> str | None:
 
 
 def choose_models(args: Namespace) -> list[Path]:
-    """The trained models to ask: those given, else the one that was trained last."""
+    """The models to ask: those given, else the one trained last."""
     paths = list(map(os.path.realpath, args.model))
     if len(set(paths)) < len(paths):
         raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")

@@ -164,7 +164,7 @@ def test_the_data_of_the_training_are_known_from_anywhere(
     table = tmp_path / "shop" / file
     table.parent.mkdir(parents=True)
     write_csv(table, ROWS)
-    monkeypatch.chdir(tmp_path / "shop")
+    monkeypatch.chdir(write(tmp_path / "far" / "away" / "file", "").parent)
     ask("--model", model, "--file", table, "--label-column", "label")
     assert ("trained on it" in capsys.readouterr().err) == noted
 
