@@ -276,20 +276,15 @@ LATE = datetime.datetime(9999, 12, 31, 23, tzinfo=datetime.UTC)  # in Tokyo ther
 def test_what_the_last_row_cannot_be_written_as_is_refused_before_the_first_is_answered(
     name, last, output, here, tmp_path, monkeypatch
 ) -> None:
-    texts, asked = [f"{number} I loved it" for number in range(1500)], Mock()
-    rows, table = [*((text, None) for text in texts), ("a film", last)], tmp_path / name
-    if name == "t.csv":
-        write_csv(table, [(text, last or 1) for text, last in rows])
-    elif name == "t.parquet":
-        kind = pyarrow.timestamp("us", "Asia/Tokyo")
-        days = pyarrow.array([day for _, day in rows], kind)
-        parquet.write_table(pyarrow.table({"text": [text for text, _ in rows], "n": days}), table)
+    table, asked, day = tmp_path / name, Mock(), pyarrow.timestamp("us", "Asia/Tokyo")
+    rows = [{"text": f"{i} I loved it", "n": None} for i in range(1500)] + [{"text": "a film", "n": last}]
+    if name == "t.parquet":
+        schema = pyarrow.schema({"text": pyarrow.string(), "n": day})
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), table)
+    elif name == "t.jsonl":
+        write(table, "\n".join(map(json.dumps, rows)))
     else:
-        lines = "\n".join([*texts, str(last)])
-        lines = (
-            "".join(json.dumps({"text": text, "n": n}) + "\n" for text, n in rows) if "j" in name else lines
-        )
-        write(table, lines)
+        write(table, "text\n" + "".join(f'"{row["n"] or row["text"]}"\n' for row in rows))
     monkeypatch.setattr(playground, "probabilities", asked)
     refused(lambda: ask(*HERE, table, "--output", tmp_path / output), output)
     assert [path.name for path in tmp_path.iterdir()] == [name] and not asked.called
