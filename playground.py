@@ -85,7 +85,7 @@ def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> M
 
 def training_data(model: Model) -> Path:
     """Where a model's data is, else its name."""
-    with suppress(LookupError, TypeError):  # a stranger's file may hold anything
+    with suppress(LookupError, TypeError):  # it may be a stranger's file
         data = model.facts.get("data")  # as seen from the model
         places = [model.path.parent / data, model.path / data] if data else []
         name = Path(model.facts["record"]["settings"]["dataset"])
@@ -111,7 +111,7 @@ def is_table(path: Path) -> bool:  # TODO merge: import from lora_scratch
 
 
 def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
-    """The sentences to answer, some at a time, and the table that has them."""
+    """The sentences, some at a time, and the table that has them."""
     texts, later, table = args.sentences, (), None
     if args.file and is_table(args.file):
         table = read_file(args.file)
@@ -151,7 +151,7 @@ def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
         return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
     codecs.register_error("as_windows", as_windows)
-    blocks = iter(lambda: stream.read(2**20), b"")
+    blocks = iter(lambda: select([stream], [], []) and stream.read(2**20), b"")
     start = next(blocks, b"")
     is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff") and start[2:4] != b"\0\0"
     if b"\0" in start and not is_utf16:
@@ -169,7 +169,7 @@ def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
 
 
 def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> Iterator[list[str]]:
-    """1,024 texts at a time, to be sorted by length, then those that come later."""
+    """1,024 texts at a time, to be sorted by length, then later ones."""
     whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
     parts = (whole[i : i + 1024] for i in range(0, len(whole), 1024))
     with tqdm(total=len(whole) or None, unit=" texts", disable=disable, delay=1) as bar:
@@ -380,7 +380,7 @@ def write_answers(models: list[Model], args: Namespace) -> None:
 
     def write(temporary: Path) -> None:
         save = write_parquet if ending(args.output) == ".parquet" else write_text
-        blank = chunks([""] * len(table), True)  # a trial, which asks no model
+        blank = chunks([""] * len(table), True)  # a trial: no model is asked
         save(temporary, table, answer_pieces(blank), args)
         save(temporary, table, answer_pieces(texts), args)
         if args.output.exists():
