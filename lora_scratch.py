@@ -1285,10 +1285,14 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 
 
 def visible(value: object, width: int = 200) -> str:
-    """Text on one line of a terminal, without its control characters."""
-    text = str(value)
+    """Text on one line of a terminal, without what moves the cursor or turns the order."""
+    from unicodedata import category
+
+    text, turns = str(value), "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     text = text if len(text) <= width else text[: width - 1] + "…"
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    odd = {c for c in text if not c.isprintable()}
+    bad = {ord(c) for c in odd if c in turns or category(c) not in ("Zs", "Cf")}
+    return text.translate(dict.fromkeys(bad, "\ufffd"))
 
 
 def listed(values: list, most: int = 20) -> str:
@@ -1309,8 +1313,9 @@ def run(main: Callable[[], int | None]) -> None:
     with contextlib.suppress(AttributeError):  # a notebook's takes every character
         sys.stdout.reconfigure(errors="replace")
     is_first = not dist.is_torchelastic_launched() or os.environ.get("RANK") == "0"
+    out, err = (sys.stdout, sys.stderr) if is_first else (nowhere, nowhere)
     try:
-        with contextlib.redirect_stdout(sys.stdout if is_first else nowhere), HELD:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), HELD:
             code = main()
             sys.stdout.flush()
         sys.exit(code)
@@ -1325,6 +1330,8 @@ def run(main: Callable[[], int | None]) -> None:
         mistake = "the memory is full; lower --batch-size or --max-length"
     except OSError as error:  # a full disk, a folder that is gone
         mistake = f"{error}; name another place"
+    if not is_first:  # the first says the same, whereupon torchrun ends this one
+        time.sleep(10)
     print("error:", visible(mistake, 2000), file=sys.stderr)
     sys.exit(2)
 

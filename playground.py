@@ -1,6 +1,6 @@
 """Ask the trained models, with arguments, a file, a pipe, a prompt or a page.
 
-python playground.py "A warm, funny film."            # the models that training wrote
+python playground.py "A warm, funny film."            # the model that was trained last
 python playground.py                                  # a prompt
 python playground.py --explain "It is not bad."       # which words carried the decision
 cat reviews.txt | python playground.py                # one sentence a line
@@ -11,6 +11,7 @@ python playground.py --model a.pt --glue SST-2.tsv    # GLUE's submission
 python playground.py --model a.pt --export FOLDER     # for transformers.pipeline
 """
 
+import codecs
 import csv
 import io
 import json
@@ -18,17 +19,19 @@ import os
 import re
 import sys
 import tempfile
+import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from itertools import chain, combinations, islice
+from itertools import chain, combinations, cycle, islice
 from pathlib import Path
+from select import select
 from typing import NamedTuple
 
 # isort: off
 from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
-from lora_scratch import FORMATS, GLUE, choose_column, find_columns, load_tables, read_file, read_rows
-from lora_scratch import is_blank, listed, note, report_labels, score, visible
+from lora_scratch import FORMATS, GLUE, SPLITS, choose_column, find_columns, load_tables, read_file, read_rows
+from lora_scratch import is_blank, is_table, listed, note, report_labels, score, visible
 from lora_scratch import InputError, Parser, refusing, run, use_cache_if_offline, write_file, write_folder
 
 # isort: on
@@ -80,48 +83,92 @@ def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> M
     return Model(name, path, base, facts["label_names"], facts["max_length"], facts)
 
 
+def training_data(model: Model) -> Path:
+    """Where a model's data is, else its name."""
+    with suppress(LookupError, TypeError):  # it may be a stranger's file
+        return Path(model.facts.get("data") or model.facts["record"]["settings"]["dataset"])
+    return Path("unknown data")
+
+
+def describe_model(model: Model) -> str:
+    """What a model is: its file, data, date and labels."""
+    file = model.path / "lora_peft.json" if model.path.is_dir() else model.path
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+    data, labels = os.path.relpath(training_data(model)), listed(model.label_names, 10)
+    return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}", 500)
+
+
 def ending(path: Path | None) -> str:
-    return path.suffix.lower() if path else ""
+    """.csv of new.csv and of new.csv.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix if path else ""
 
 
-def read_texts(args: Namespace) -> tuple[Iterable[str], object]:
-    """The sentences to answer, and the table that has them."""
-    if ending(args.file) in FORMATS:
+def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
+    """The sentences, some at a time, and the table that has them."""
+    texts, later, table = args.sentences, (), None
+    if args.file and is_table(args.file):
         table = read_file(args.file)
-        column = args.text_column or choose_column(args.file, table, "text")
-        texts = read_rows(args.file, table, column)["text"]  # without the blank ones
-        texts = texts.reindex(range(1, len(table) + 1), fill_value="")
-        return [*args.sentences, *texts], table
-    if args.sentences and not args.file:
-        return args.sentences, None
-    name = args.file or "standard input"
-    with refusing(f"{name} cannot be read", "give sentences, a --file or a pipe"):
-        stream = open(name, "rb") if args.file else sys.stdin.buffer  # noqa: SIM115 - read later
-    return chain(args.sentences, read_lines(name, stream)), None
+        column = choose_text(models, args, table)
+        found = read_rows(args.file, table, column)["text"]  # without the blank ones
+        texts = [*texts, *found.reindex(range(1, len(table) + 1), fill_value="")]
+    elif args.file or not texts:
+        is_input = args.file in (None, Path("-"))
+        name = "standard input" if is_input else args.file
+        with refusing(f"{name} cannot be read", "give sentences, a --file or a pipe"):
+            stream = sys.stdin.buffer.raw if is_input else open(name, "rb", 0)  # noqa: SIM115
+        later = read_lines(name, stream)
+    return chunks(texts, disable, later), table
 
 
-def read_lines(name: str | Path, stream: io.BufferedReader) -> Iterator[str]:
-    """Lines, which only \n ends: UTF-16 if marked, else UTF-8, else Windows-1252."""
-    is_utf16 = stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
-    lines = io.TextIOWrapper(stream, "utf-16", "replace", newline="\n") if is_utf16 else stream
-    noted = False
-    for number, line in enumerate(lines, start=1):
-        try:
-            text = line if is_utf16 else line.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = line.decode("cp1252", errors="replace")
-            if not noted:
-                note(f"{name}: line {number} is not UTF-8; it is read as Windows-1252")
-            noted = True
-        yield text.removesuffix("\n").removesuffix("\r")
+def choose_text(models: list[Model], args: Namespace, table) -> str:
+    """The column of texts: as given, else as in training, else the likeliest."""
+    trained = models[0].facts.get("text_column")
+    if args.text_column or trained in table.columns:
+        return args.text_column or trained
+    column = choose_column(args.file, table, "text", taken=args.label_column)
+    if trained:
+        note(f"{args.file}: {column!r} is read; it has no {trained!r}, as in training")
+    return column
 
 
-def chunks(texts: Iterable[str], disable: bool | None = None) -> Iterator[list[str]]:
-    """1,024 texts at a time: enough to sort by length, in little memory."""
-    bar = tqdm(texts, unit=" texts", disable=disable, delay=1, dynamic_ncols=True)
-    whole = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in bar)  # no half characters
-    while chunk := list(islice(whole, 1024)):
-        yield chunk
+def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
+    """Lines as they come, up to 1,024: UTF-16 if marked, else UTF-8 or Windows-1252."""
+    lines, rest, done, noted = [], "", 0, False
+
+    def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
+        nonlocal noted
+        if not noted:
+            line = done + error.object.count(b"\n", 0, error.start) + 1
+            note(f"{name}: line {line} is not UTF-8; it is read as Windows-1252")
+        noted = True
+        return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+    codecs.register_error("as_windows", as_windows)
+    blocks = iter(lambda: select([stream], [], []) and stream.read(2**20), b"")
+    start = next(blocks, b"")
+    is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff") and start[2:4] != b"\0\0"
+    if b"\0" in start and not is_utf16:
+        raise InputError(f"{name} is neither text nor a table; give one")
+    codec = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "as_windows")
+    for text in codecs.iterdecode(chain([start], blocks), *codec):
+        *whole, rest = (rest + text).split("\n")
+        lines += [line.removesuffix("\r") for line in whole]
+        done += len(whole)
+        while len(lines) >= 1024 or (lines and not select([stream], [], [], 0.005)[0]):
+            yield lines[:1024]  # or fewer: no more are there yet
+            del lines[:1024]
+    if lines or rest:
+        yield [*lines, rest.removesuffix("\r")] if rest else lines
+
+
+def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> Iterator[list[str]]:
+    """1,024 texts at a time, to be sorted by length, then later ones."""
+    whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
+    parts = (whole[i : i + 1024] for i in range(0, len(whole), 1024))
+    with tqdm(total=len(whole) or None, unit=" texts", disable=disable, delay=1) as bar:
+        for chunk in chain(parts, later):
+            yield chunk
+            bar.update(len(chunk))
 
 
 def probabilities(model: Model, texts: list[str]) -> tuple[torch.Tensor, dict]:
@@ -171,10 +218,10 @@ def explain(model: Model, text: str) -> list[tuple[str, float]]:
     return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
 
 
-def answer_all(models: list[Model], texts: Iterable[str], args: Namespace, headed: bool) -> None:
+def answer_all(models: list[Model], texts: Iterable, args: Namespace, headed: bool) -> None:
     """Print every model's answer to each text, under it if `headed`."""
     width, indent = max(len(model.name) for model in models), "  " * headed
-    for chunk in chunks(texts, disable=sys.stdout.isatty() or None):  # there the answers show it
+    for chunk in texts:
         for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
             if headed and not args.json:
                 print(visible(answers[0]["text"]))
@@ -195,10 +242,10 @@ def in_words(answer: dict, model: Model) -> str:
         line = f"Unsure ({visible(likeliest)} {percent})"
     if "cut" in answer:
         line += f"  (cut to {model.max_length} tokens)"
-    words = []
+    words, dull = [], os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     for word, effect in answer.get("words", []):
         words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
-        if sys.stdout.isatty() and abs(effect) >= 0.01:
+        if sys.stdout.isatty() and not dull and abs(effect) >= 0.01:
             words[-1] = f"\033[{32 if effect > 0 else 31}m{words[-1]}\033[0m"
     return f"{line}\n    {'  '.join(words)}" if words else line
 
@@ -212,7 +259,7 @@ def prompt(models: list[Model], args: Namespace) -> None:
     with suppress(EOFError, KeyboardInterrupt):
         while (text := input("> " if sys.stdout.isatty() else "")).strip().lower() != "exit":
             if not is_blank(text):
-                answer_all(models, [text], args, headed=False)
+                answer_all(models, [[text]], args, headed=False)
     print(file=sys.stderr)  # the shell's own prompt starts a line
 
 
@@ -221,7 +268,7 @@ def judge(models: list[Model], args: Namespace) -> None:
     import pandas
 
     table = read_file(args.file)
-    columns = find_columns(args.file, table, args.text_column, args.label_column)
+    columns = find_columns(args.file, table, choose_text(models, args, table), args.label_column)
     rows = read_rows(args.file, table, *columns)  # the index is the row in the file
     given = [translate_labels(model, rows["label"], args) for model in models]
     right = {}
@@ -244,21 +291,27 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    with suppress(OSError, LookupError, TypeError):
-        if args.file.samefile(model.facts["record"]["settings"]["dataset"]):
-            note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
-    numbers = {str(i): name for i, name in enumerate(names)}
-    if counts.index.isin(numbers).all() and not any(re.fullmatch(r"-?\d+", name) for name in names):
-        note(f"{args.file}: the labels 0, 1, ... are read as {listed(names)}")
-        return labels.map(numbers)
-    unknown = counts[~counts.index.isin(names)].sort_index()
+    split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
+    folders = args.file.resolve().parents if split == "training" else ()
+    if training_data(model).resolve() in (args.file.resolve(), *folders):
+        note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
+    same = {name: name for name in names}
+    trained = dict(zip(model.facts.get("labels", names), names, strict=False))
+    places = {str(i): name for i, name in enumerate(names)}
+    if {*counts.index} - {*places} or any(re.fullmatch(r"-?\d+", label) for label in trained):
+        places = {}
+    readings = trained, same, trained | same, places
+    reading = max(readings, key=lambda one: counts[counts.index.isin(one)].sum())
+    if reading != same:
+        note(f"{args.file}: {listed([*reading])} are read as {listed([*reading.values()])}")
+    unknown = counts[~counts.index.isin(reading)].sort_index()
     shown = listed([f"{label} ({count})" for label, count in unknown.items()])
     what = f"{args.file}: {unknown.sum():,} rows have labels unknown to {model.name}: {shown}"
     if unknown.sum() > len(labels) / 2:
         raise InputError(f"{what}; it knows {listed(names)}; see --label-column")
     if len(unknown):
         note(f"{what}; these count as wrong")
-    return labels
+    return labels.map(lambda label: reading.get(label, label))
 
 
 def print_judgement(model: Model, judged, args: Namespace) -> None:
@@ -294,15 +347,17 @@ def write_answers(models: list[Model], args: Namespace) -> None:
     """Write every row as it was, with each model's label and probability."""
     import pandas
 
-    texts, table = read_texts(args)
-    if table is None:  # lines, which come later
-        table = pandas.DataFrame({"text": []}, dtype=str)
+    texts, table = read_texts(models, args)
+    come_later = table is None and ending(args.output) != ".tsv"  # it refuses tabs
+    if table is None:
+        texts = texts if come_later else list(texts)
+        table = pandas.DataFrame({"text": [] if come_later else chain(*texts)}, dtype=str)
 
-    def answer_pieces() -> Iterator:  # a piece without rows, then 1,024 rows at a time
+    def answer_pieces(texts: Iterable[list[str]]) -> Iterator:  # the first has no rows
         start = 0
-        for chunk in chain([[]], chunks(texts)):
+        for chunk in chain([[]], texts):
             piece = table[start : start + len(chunk)]
-            if ending(args.file) not in FORMATS:
+            if come_later:
                 piece = pandas.DataFrame({"text": chunk}, dtype=str)
             start += len(chunk)
             for model in models:
@@ -318,7 +373,9 @@ def write_answers(models: list[Model], args: Namespace) -> None:
 
     def write(temporary: Path) -> None:
         save = write_parquet if ending(args.output) == ".parquet" else write_text
-        save(temporary, table, answer_pieces(), args)
+        blank = chunks([""] * len(table), True)  # a trial: no model is asked
+        save(temporary, table, answer_pieces(blank), args)
+        save(temporary, table, answer_pieces(texts), args)
         if args.output.exists():
             raise InputError(f"--output {args.output} exists by now; name a new file")
 
@@ -339,13 +396,15 @@ def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
     encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
     with open(path, "w", encoding=encoding, newline="") as file:
         for piece in pieces:
-            plain = {name: column.tolist() for name, column in piece.items()}
-            plain = pandas.DataFrame(plain, dtype=object)
-            if source not in (".json", ".jsonl"):
-                plain = plain.where(plain.notna(), None)
-            options["header"] = [*header, *plain.columns[old:]] if piece.empty else False
-            with refusing(f"--output {args.output} cannot hold these rows", "name a .csv file"):
+            options["header"] = [*header, *piece.columns[old:]] if piece.empty else False
+            with refusing(f"--output {args.output} cannot hold these rows", "name another format"):
+                plain = {name: column.tolist() for name, column in piece.items()}
+                plain = pandas.DataFrame(plain, dtype=object)
+                if source not in (".json", ".jsonl"):
+                    plain = plain.where(plain.notna(), None)
                 text = json_lines(plain) if suffix == ".jsonl" else plain.to_csv(**options)
+                if "\r" in text and suffix == ".tsv":
+                    raise ValueError("carriage return")
             if "\r" in text and suffix == ".csv":  # which csv would leave bare
                 text = plain.to_csv(**options, quoting=csv.QUOTE_ALL)
             file.write(text)
@@ -359,7 +418,7 @@ def json_lines(plain) -> str:
 
 
 def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
-    """Write pieces of a table as Parquet, with the types of --file."""
+    """Write pieces of a table as Parquet, with the types and names of --file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -367,12 +426,13 @@ def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
         schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
         if ending(args.file) == ".parquet":
             schema = parquet.read_schema(args.file)
-        for name in next(pieces).columns[len(schema) :]:
-            kind = "float64" if "probability" in name else "string"
+        kinds = cycle(["string", "float64"])  # of the answers: label, probability
+        for name, kind in zip(next(pieces).columns[len(schema) :], kinds, strict=False):
             schema = schema.append(pyarrow.field(name, kind))
         writer = parquet.ParquetWriter(path, schema)
     with writer:
         for piece in pieces:
+            piece = piece.set_axis(schema.names, axis=1)  # with their spaces
             writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
 
 
@@ -411,10 +471,12 @@ def serve(models: list[Model], args: Namespace) -> None:
         text.submit(ask, text, parts, concurrency_id="models")
         with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # the data may be gone
             settings = Namespace(**models[0].facts["record"]["settings"])
-            if Path(settings.dataset).exists():
+            data = training_data(models[0])
+            if data.is_file() or data.is_dir():
+                settings.dataset = str(data)
                 shown = [[sentence] for sentence in load_tables(settings)[1]["text"][:5]]
                 gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
-        file = gradio.File(label="Lines or a table", file_types=[".txt", *FORMATS])
+        file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
         file.upload(answer_file, file, gradio.File(label="With answers"), concurrency_id="models")
         share = "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
         page.launch(server_name="127.0.0.1", share=share, inbrowser=sys.stderr.isatty(), footer_links=[])
@@ -430,11 +492,11 @@ def write_glue(models: list[Model], args: Namespace) -> None:
         with refusing("the Hub's SST-2 cannot be read", "give index and sentence in --file"):
             file = {"filename": "sst2/test-00000-of-00001.parquet", "revision": GLUE[2]}
             args.file = Path(hf_hub_download(GLUE[0], **file, repo_type="dataset"))
-    texts, table = read_texts(args)
+    texts, table = read_texts(models, args)
     numbers = None if table is None else table.get("index", table.get("idx"))
     if numbers is None:
         raise InputError(f"{args.file}: give a table with the columns index and sentence")
-    found = torch.cat([probabilities(model, chunk)[0] for chunk in chunks(texts)])
+    found = torch.cat([probabilities(model, chunk)[0] for chunk in texts])
     rows = numbers.to_frame("index").assign(prediction=found.argmax(dim=1).tolist())
     write_file(args.glue, lambda temporary: rows.to_csv(temporary, sep="\t", index=False))
     print(f"saved {len(rows):,} predictions as {args.glue}")
@@ -477,24 +539,27 @@ def main(argv: list[str] | None = None) -> None:
     models = load_all(choose_models(args), args.base)
     if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
         raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
+    if sys.stdout.isatty() and not args.json:
+        print(*map(describe_model, models), sep="\n")
     if job:
         JOBS[job][0](models, args)
     elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
         prompt(models, args)
     else:
+        texts, _ = read_texts(models, args, sys.stdout.isatty() or None)  # no bar there
         headed = len(args.sentences) != 1 or args.file is not None
-        answer_all(models, read_texts(args)[0], args, headed)
+        answer_all(models, texts, args, headed)
 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("sentences", nargs="*", metavar="SENTENCE", help="(default: standard input, or a prompt)")
-    help = "FILE.pt or a folder of lora_peft.py, or several (default: what training wrote)"
+    help = "FILE.pt or a folder of lora_peft.py, or several (default: the newest)"
     add("--model", type=Path, action="append", default=[], metavar="PATH", help=help)
     add("--base", metavar="PATH", help="of the base model (default: where it lay in training)")
-    add("--file", type=Path, help=f"sentences: one a line, or a table ({', '.join(FORMATS)})")
-    add("--text-column", help="of a table (default: sentence, text, ... or the one of long texts)")
+    add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
+    add("--text-column", help="of a table (default: as in training, or text, ...)")
     add("--label-column", help="judge the models by this column of --file (default: off)")
     help = f"write the rows or lines with their answers ({', '.join(ENDINGS)}; default: off)"
     add("--output", type=Path, metavar="FILE", help=help)
@@ -515,12 +580,15 @@ def check_flags(args: Namespace) -> str | None:
     if job and (extra := sorted(given - JOBS[job][1] - {job, "model", "base"})):
         flags = [f"--{name.replace('_', '-')}" for name in (job, *extra)]
         raise InputError(f"{flags[0]} does not go with {listed(flags[1:])}; leave one out")
-    if job == "label_column" and not (args.label_column and ending(args.file) in FORMATS):
+    has_table = args.file and is_table(args.file)
+    if job == "label_column" and not (args.label_column and has_table):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
+    if has_table and args.file.is_fifo():
+        raise InputError(f"--file {args.file} is a pipe; save the table as a file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output:
-        if ending(args.output) not in ENDINGS:
+        if args.output.suffix.lower() not in ENDINGS:
             raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
         if not args.file and sys.stdin and sys.stdin.isatty():
             raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
@@ -537,16 +605,17 @@ def check_flags(args: Namespace) -> str | None:
 
 
 def choose_models(args: Namespace) -> list[Path]:
-    """The trained models to ask."""
+    """The models to ask: those given, else the one trained last."""
     paths = list(map(os.path.realpath, args.model))
     if len(set(paths)) < len(paths):
         raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")
-    found = args.model
-    for data in ("distilbert_sst2", "demo"):  # as training names what it writes
-        files = Path(f"model/lora_scratch_{data}.pt"), Path(f"model/lora_peft_{data}")
-        found = found or [path for path in files if path.exists()]
+    found, folder = args.model, Path("model")
     if not found:
-        raise InputError("no model of SST-2 or the demo in ./model; train one, or see --model")
+        files = [*folder.glob("*.pt"), *folder.glob("*/lora_peft.json")]
+        newest = sorted(filter(Path.is_file, files), key=os.path.getmtime)[-1:]
+        found = [file if file.suffix == ".pt" else file.parent for file in newest]
+    if not found:
+        raise InputError("no trained model in ./model; train one, or see --model")
     if (args.glue or args.export) and len(found) > 1:
         raise InputError(f"--glue and --export take one --model; choose among {listed(found)}")
     return found

@@ -19,7 +19,7 @@ import pandas
 import pyarrow
 import pytest
 import torch
-from conftest import BAD, GOOD, SCRATCH, ask, ask_json, flags, refused, write
+from conftest import BAD, GOOD, PEFT, SCRATCH, ask, ask_json, flags, refused, write
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -83,13 +83,90 @@ def test_a_label_that_the_model_does_not_know_is_counted_as_wrong(here, tmp_path
         ([("a film", "x"), ("a story", "y")], ["negative, positive", "x (1), y (1)"]),
         ([(" ", "positive")], []),
         ([("a film", "")], ["row 1"]),
-        ([("a film", "0.5"), ("it", "1")], ["0.5"]),
+        ([("a film", "0.5"), ("it", "1"), ("a", "0.25")], ["0.5"]),
         ([("a film", "2"), ("it", "2")], ["2 (2)"]),
     ],
 )
 def test_a_table_that_cannot_judge_is_refused(rows, named, here, tmp_path) -> None:
     table = write_csv(tmp_path / "t.csv", rows)
     refused(lambda: judge(table), "t.csv", *named)
+
+
+def with_facts(path: Path, **facts) -> Path:
+    """The small checkpoint with other facts."""
+    path.parent.mkdir(exist_ok=True)
+    torch.save(torch.load(SCRATCH, weights_only=True) | facts, path)
+    return path
+
+
+MINUS = ["-1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "written", "right"),  # what the file calls negative and positive
+    [
+        ({"labels": ["1", "2"]}, ["1", "2"], 10),
+        ({"labels": ["1", "2"]}, ["negative", "positive"], 10),
+        ({"labels": ["1", "2"]}, ["1", "positive"], 10),
+        ({"labels": ["1", "2"]}, ["1", None], 5),  # some of the labels
+        ({"labels": ["1", "2"]}, ["0", "1"], 0),  # 1 is negative, 0 unknown
+        ({"labels": ["1", "2"]}, ["1", "3"], 5),
+        ({"labels": MINUS}, ["-1", "1"], 10),
+        ({"labels": MINUS}, [None, "1"], 5),
+        ({"labels": ["negative", "positive"]}, ["0", "1"], 10),  # of a ClassLabel
+        ({}, ["0", None], 5),
+        ({"labels": ["0", "1"], "label_names": ["1", "2"]}, ["0", "1"], 10),
+        ({"labels": ["0", "1"], "label_names": ["1", "2"]}, ["1", "2"], 10),
+    ],
+)
+def test_labels_are_those_of_the_training_table_or_names_or_places(
+    facts, written, right, here, tmp_path, capsys
+) -> None:
+    model, calls = with_facts(tmp_path / "a.pt", **facts), {"negative": written[0], "positive": written[1]}
+    rows = [(text, calls[label]) for text, label in ROWS if calls[label]]
+    table = write_csv(tmp_path / "t.csv", rows)
+    (found,) = ask_json("--model", model, "--file", table, "--label-column", "label")
+    assert found["correct"] == right and found["total"] == 10 - 5 * (None in written)
+    noted = capsys.readouterr().err
+    assert ("wrong" in noted) == (right < found["total"]) and "trained" not in noted
+
+
+def test_the_text_is_the_column_of_the_training(here, tmp_path, capsys) -> None:
+    model = with_facts(tmp_path / "a.pt", text_column="summary")
+    rows = [(f"a rather long heading of ticket {i}", *row) for i, row in enumerate(ROWS)]
+    question = ["--model", model, "--file", write_csv(tmp_path / "t.csv", rows, ("text", "summary", "label"))]
+    assert [answer["text"] for answer in ask_json(*question)] == [text for text, _ in ROWS]
+    assert ask_json(*question, "--label-column", "label")[0]["correct"] == 10
+    ask(*question, "--output", tmp_path / "o.csv")
+    assert all(row[2] == row[3] for row in read_csv(tmp_path / "o.csv")[1:])
+    assert "summary" not in capsys.readouterr().err
+    headings = [answer["text"] for answer in ask_json(*question, "--text-column", "text")]
+    question[-1] = write_csv(tmp_path / "u.csv", [(row[0], row[2]) for row in rows])
+    assert [answer["text"] for answer in ask_json(*question)] == headings == [row[0] for row in rows]
+    assert "no 'summary'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "file", "noted"),
+    [
+        ("../shop", "train.csv", True),
+        ("../shop", "data/Train-00000-of-00001.csv", True),
+        ("../shop", "test.csv", False),
+        ("../shop/one.csv", "one.csv", True),
+        ("../shop/one.csv", "train.csv", False),
+        ("../gone", "train.csv", False),
+    ],
+)
+def test_the_data_of_the_training_are_known_from_anywhere(
+    data, file, noted, here, tmp_path, monkeypatch, capsys
+) -> None:
+    model = with_facts(tmp_path / "model" / "a.pt", data=data)
+    table = tmp_path / "shop" / file
+    table.parent.mkdir(parents=True)
+    write_csv(table, ROWS)
+    monkeypatch.chdir(write(tmp_path / "far" / "away" / "file", "").parent)
+    ask("--model", model, "--file", table, "--label-column", "label")
+    assert ("trained on it" in capsys.readouterr().err) == noted
 
 
 def test_class_names_in_the_file_are_its_labels_as_in_training(here, tmp_path) -> None:
@@ -179,19 +256,48 @@ def test_a_tsv_has_no_quotes_and_refuses_what_it_cannot_hold(here, tmp_path) -> 
     assert kept == ["sentence\tn\tlabel", '"I loved it\t1\tpositive', 'I hated it"\t2\tnegative']
     ask(*HERE, table, "--output", tmp_path / "a.csv")
     assert read_csv(tmp_path / "a.csv")[1][:2] == ['"I loved it', "1"]  # with commas
-    table = write_csv(tmp_path / "two.csv", [("two\nlines", "1")])
-    refused(lambda: ask(*HERE, table, "--output", tmp_path / "b.tsv"), "b.tsv")
-    assert not (tmp_path / "b.tsv").exists() and not list(tmp_path.glob(".*"))
+
+
+LATE = datetime.datetime(9999, 12, 31, 23, tzinfo=datetime.UTC)  # in Tokyo there is no such day
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "output"),
+    [
+        ("t.csv", "two\nlines", "a.tsv"),
+        ("t.csv", "two\rlines", "a.tsv"),
+        ("t.csv", "a\ttab", "a.tsv"),
+        ("t.txt", "a\ttab", "a.tsv"),
+        ("t.parquet", LATE, "a.csv"),
+        ("t.parquet", LATE, "a.jsonl"),
+        ("t.jsonl", 2**70, "a.parquet"),
+    ],
+)
+def test_what_the_last_row_cannot_be_written_as_is_refused_before_the_first_is_answered(
+    name, last, output, here, tmp_path, monkeypatch
+) -> None:
+    table, asked, day = tmp_path / name, Mock(), pyarrow.timestamp("us", "Asia/Tokyo")
+    rows = [{"text": f"{i} I loved it", "n": None} for i in range(1500)] + [{"text": "a film", "n": last}]
+    if name == "t.parquet":
+        schema = pyarrow.schema({"text": pyarrow.string(), "n": day})
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), table)
+    elif name == "t.jsonl":
+        write(table, "\n".join(map(json.dumps, rows)))
+    else:
+        write(table, "text\n" + "".join(f'"{row["n"] or row["text"]}"\n' for row in rows))
+    monkeypatch.setattr(playground, "probabilities", asked)
+    refused(lambda: ask(*HERE, table, "--output", tmp_path / output), output)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and not asked.called
 
 
 def test_json_lines_keep_their_values_and_what_is_missing_stays_missing(here, tmp_path) -> None:
     rows = [{"text": "I loved it", "n": 1, "more": {"a": [1, None]}}, {"text": None, "n": None}]
-    rows += [{"text": "é", "x": 1.5}]
+    rows += [{"text": "é", "x": 1.5}, {"text": "   ", "x": "NaN"}, {"x": "Infinity"}]
     table = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
     ask(*HERE, table, "--output", tmp_path / "a.jsonl")
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
     answers = [(row.pop("label"), row.pop("probability")) for row in found]
-    assert found == rows and answers[0][0] == "positive" and answers[1] == (None, None)
+    assert found == rows and answers[0][0] == "positive" and answers[3] == (None, None)
     ask(*HERE, table, "--output", tmp_path / "a.csv")
     assert read_csv(tmp_path / "a.csv")[2] == ["", "", "", "", "", ""]
 
@@ -205,6 +311,7 @@ def test_parquet_keeps_its_types_and_other_formats_its_values(here, tmp_path) ->
         "price": [decimal.Decimal("1.50"), None, decimal.Decimal("2.00")],
         "list": [long, None, []],
         "half": [0.5, float("nan"), None],
+        " spaced ": ["a", "b", None],
     }
     table = pyarrow.table(columns)
     parquet.write_table(table, tmp_path / "t.parquet")
@@ -226,19 +333,20 @@ def test_parquet_keeps_its_types_and_other_formats_its_values(here, tmp_path) ->
 @pytest.mark.parametrize("suffix", playground.ENDINGS)
 def test_lines_become_a_table_in_little_memory(suffix, here, tmp_path, monkeypatch) -> None:
     lines, output = [f"{number} I loved it" for number in range(2500)], tmp_path / f"a{suffix}"
-    taken, seen, read, classify = [], [], playground.read_lines, playground.classify
-    count = lambda *rest: (taken.append(line) or line for line in read(*rest))  # noqa: E731
+    taken, seen, read, classify = [], [0], playground.read_lines, playground.classify
+    count = lambda *rest: (taken.extend(chunk) or chunk for chunk in read(*rest))  # noqa: E731
     monkeypatch.setattr(playground, "read_lines", count)
     monkeypatch.setattr(playground, "classify", lambda *rest: seen.append(len(taken)) or classify(*rest))
-    ask("--file", write(tmp_path / "t.txt", "\n".join(lines)), "--output", output)
-    assert taken == lines and max(b - a for a, b in itertools.pairwise(seen)) <= 1024
+    table = write(tmp_path / "t.txt", "\n".join(lines))
+    ask("--model", PEFT, *HERE, table, "--output", output)
+    assert (taken == lines and max(b - a for a, b in itertools.pairwise(seen)) <= 1024) or suffix == ".tsv"
     options = {".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}, ".jsonl": {"lines": True}}.get(suffix, {})
     readers = dict(
         zip(playground.ENDINGS, ("read_csv", "read_csv", "read_json", "read_parquet"), strict=True)
     )
     found = getattr(pandas, readers[suffix])(output, **options)
     names = [
-        f"{what} {model}" for model in ("LoRA_scratch", "LoRA_peft") for what in ("label", "probability")
+        f"{what} {model}" for model in ("LoRA_peft", "LoRA_scratch") for what in ("label", "probability")
     ]
     assert found.columns.tolist() == ["text", *names] and found["text"].tolist() == lines
     assert found["probability LoRA_scratch"].between(0.5, 1).all()

@@ -1,6 +1,7 @@
 """playground.py: what people and other programs type, pipe and press, and what they get."""
 
 import contextlib
+import gzip
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from threading import Thread
 
 import lora_scratch
 from lora_scratch import InputError
@@ -112,11 +114,44 @@ class Child:
 
 def test_every_model_answers_on_a_line_of_its_own(here) -> None:
     text = "a great and funny film"
-    lines = [line.split() for line in ask(text).splitlines()]
+    lines = [line.split() for line in ask("--model", SCRATCH, "--model", PEFT, text).splitlines()]
     sure = [100 * unmerged(model, [text])[0, 1].item() for model in (SCRATCH, PEFT)]
     names = ("LoRA_scratch", "LoRA_peft")
     assert lines == [[name, "Positive", f"{p:.1f}", "%"] for name, p in zip(names, sure, strict=True)]
     assert min(sure) > 80
+
+
+def test_the_model_trained_last_is_asked_and_a_terminal_says_which_it_is(here, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [Path("model/a.pt"), Path("model/deep/b/lora_peft.json"), Path("model/c.pt"), Path("model/d.pt")]
+    shutil.copytree(here / PEFT, files[1].parent)
+    shutil.copy(here / SCRATCH, files[0])
+    write(files[2], "of another program")
+    files[3].symlink_to("gone")
+    for newest, name in ((files[0], "LoRA_scratch"), (files[1], "LoRA_peft")):
+        for file in files[:3]:
+            os.utime(file, (1e9, 1e9 + (file == files[2]) - (file != newest)))
+        assert ask("I loved it").startswith(name)
+        head, *answers = Child("I loved it", "I hated it", terminal=True).finish()[1].splitlines()
+        model = newest if newest.suffix == ".pt" else newest.parent
+        assert all(part in head for part in (str(model), "tiny_sst2", "negative, positive", "2001-09-0"))
+        assert "\n".join(answers) + "\n" == ask("I loved it", "I hated it")
+    assert json.loads(Child("--json", "I loved it", terminal=True).finish()[1])["label"] == "positive"
+
+
+VISIBLE = [
+    "c’est\xa0bien",
+    "می\u200cخواهم",
+    "\U0001f469\u200d\U0001f467 \u2764\ufe0f",
+    "a\u3000b",
+    "soft\xadhyphen",
+]
+
+
+@pytest.mark.parametrize("text", VISIBLE)
+def test_text_of_every_script_is_shown_as_it_is_but_for_what_disturbs_a_terminal(text, here) -> None:
+    hidden = "\x1b\x00\t\x7f\x85\u2028\u2029\u202a\u202e\u2066\u2069\U000e01ff"
+    assert lora_scratch.visible(text + hidden) == text + "\ufffd" * len(hidden)
 
 
 def test_several_sentences_stand_above_their_answers(here) -> None:
@@ -169,7 +204,7 @@ def test_json_is_all_that_is_printed_and_peft_and_pandas_are_not_needed(adapters
     code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1); sys.modules.update(peft=None, pandas=None)\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, SCRIPT, "--json", "--model", SCRATCH]
-    texts = ["a great film", "", " \t", "I hated it\x85\u2028\x00\r \x1b[31m", "\U0001f600 電影", "caf\xe9"]
+    texts = ["a great film", "", " \t", "I hated it\x85\u2028\x01\r \x1b[31m", "\U0001f600 電影", "caf\xe9"]
     piped = "\ufeff{}\n{}\n{}\r\n{}\r\n{}\n".format(*texts).encode() + b"caf\xe9"
     options = {"env": os.environ | {"PYTHONPATH": str(Path(SCRIPT).parent)}, "cwd": adapters}
     done = subprocess.run(command, input=piped, capture_output=True, check=True, **options)
@@ -182,14 +217,27 @@ def test_json_is_all_that_is_printed_and_peft_and_pandas_are_not_needed(adapters
     assert [list(answer["probabilities"]) for answer in answers[:2]] == [["negative", "positive"], []]
 
 
-@pytest.mark.parametrize("piped", [True, False])
+@pytest.mark.parametrize("piped", [[], ["--file", "-"], None])
 def test_a_pipe_is_answered_as_sentences_are_which_leave_it_unread(piped, here) -> None:
     sentences = ["I loved it", "I hated it"]
-    child = Child("--model", SCRATCH, *([] if piped else sentences))
-    if piped:
+    child = Child("--model", SCRATCH, *(sentences if piped is None else piped))
+    if piped is not None:
         os.write(child.end, "\n".join(sentences).encode())
         socket.socket(fileno=os.dup(child.end)).shutdown(socket.SHUT_WR)  # else it stays open
     assert child.finish() == (0, ask("--model", SCRATCH, *sentences))
+
+
+def test_a_slow_pipe_is_answered_line_by_line_and_a_quick_one_by_the_thousand(here) -> None:
+    child = Child("--model", SCRATCH, "--json")
+    for number in range(1, 4):
+        os.write(child.end, b"I loved it\nI hat")  # the second line is not there yet
+        child.read_until("}\n", count=2 * number - 1)
+        os.write(child.end, b"ed it\n")
+        child.read_until("}\n", count=2 * number)
+    lines, (end, start) = [f"{i} I loved it" for i in range(5000)], os.pipe()
+    Thread(target=lambda: [os.write(start, "\n".join(lines).encode()), os.close(start)]).start()
+    found = list(playground.read_lines("pipe", open(end, "rb", 0)))  # noqa: SIM115
+    assert sum(found, []) == lines and len(found) < 20 and max(map(len, found)) == 1024  # noqa: RUF017
 
 
 @pytest.mark.parametrize(
@@ -275,7 +323,7 @@ def test_any_text_is_answered(text, form, adapters) -> None:
         assert answer["text"] == "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
         assert answer["label"] in (("negative", "positive") if text.strip() else (None,))
     assert output.count("\n") == (2 if form == {"--explain"} and text.strip() else 1)
-    assert all(line.isprintable() for line in output.removesuffix("\n").split("\n"))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", output)
 
 
 @settings(max_examples=50, deadline=None, database=None)
@@ -285,7 +333,8 @@ def test_any_file_is_answered_or_refused(content, suffix, adapters) -> None:
     try:
         output = ask("--json", "--model", adapters / SCRATCH, "--file", path)
     except InputError as error:
-        assert suffix != ".txt" and str(path) in str(error) and "\n" not in str(error)
+        assert suffix != ".txt" or b"\0" in content
+        assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert all("label" in json.loads(line) for line in output.splitlines())
         if suffix == ".txt":  # as many lines as `grep -c ''` counts
@@ -323,10 +372,14 @@ def test_explain_gives_the_largest_effect_to_the_word_that_decides(here) -> None
         assert len(ask_json("--model", SCRATCH, "--explain", text)[0]["words"]) == read
 
 
-def test_explain_colours_a_terminal(here) -> None:
+@pytest.mark.parametrize(("name", "value"), [("TERM", "xterm"), ("TERM", "dumb"), ("NO_COLOR", "1")])
+def test_explain_colours_a_terminal_that_wants_it(name, value, here, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
     arguments = ["--model", SCRATCH, "--explain", "it hated the film"]
     code, output = Child(*arguments, terminal=True).finish()
-    assert code == 0 and "\x1b[32mhated +" in output and "\x1b[32mthe" not in output
+    assert code == 0 and ("\x1b[32mhated +" in output) == (value == "xterm") == ("\x1b" in output)
+    assert "\x1b[32mthe" not in output
     for code in ("\r", "\x1b[32m", "\x1b[31m", "\x1b[0m"):
         output = output.replace(code, "")
     assert ask(*arguments).strip() in output
@@ -373,12 +426,13 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
         ("--file t/remark.csv", ["remark.csv", "id, remark"]),
         ("--file t/number.jsonl", ["number.jsonl", "row 1", "5"]),
         ("--file t/no_header.csv", ["no_header.csv"]),
-        *((f"--file {path}", [path]) for path in ("none.txt", "none.csv", "t")),
-        ("--glue a.tsv", [SCRATCH, PEFT]),
+        *((f"--file {path}", [path]) for path in ("none.txt", "none.csv", "t", "t/pipe.csv")),
+        *((f"--file t/{name}", [name]) for name in ("data.gz", "utf32.txt")),
+        (f"--model S --model {PEFT} --glue a.tsv", [SCRATCH, PEFT]),
         ("--model S --glue a.tsv --file t/no_index.tsv", ["no_index.tsv", "index"]),
         ("--model S --glue a.tsv --file t/test.txt", ["test.txt"]),
         *((f"--model S --glue {path}", ["--glue", path]) for path in (SCRATCH, PEFT, "link", ".")),
-        ("--export new", [SCRATCH, PEFT]),
+        (f"--model S --model {PEFT} --export new", [SCRATCH, PEFT]),
         ("--model S --export t", ["--export t"]),
         ("--model S --export t/test.txt", ["test.txt"]),
         ("--model S --export new film", ["--export", "sentences"]),
@@ -395,6 +449,9 @@ def test_what_cannot_be_done_is_refused_and_changes_no_file(
     rows = (f"a rather long sentence about film number {i}, x\n" for i in range(9))
     write(Path("t/no_header.csv"), "".join(rows))
     write(Path("t/number.jsonl"), '{"sentence": 5}\n')
+    write(Path("t/data.gz"), gzip.compress(b"I loved it\n"))
+    write(Path("t/utf32.txt"), "I loved it\n".encode("utf-32"))
+    os.mkfifo("t/pipe.csv")
     Path("link").symlink_to("t/no_index.tsv")
     monkeypatch.setitem(sys.modules, "gradio", None)
     before = files_of(tmp_path)
@@ -448,9 +505,19 @@ def test_export_refuses_a_merge_that_changes_the_answers(here, tmp_path, monkeyp
 
 def test_a_base_that_has_moved_is_found_and_another_is_refused(here, tiny_base, tmp_path) -> None:
     moved = shutil.copytree(tiny_base, tmp_path / "moved")
-    assert ask("--base", moved, "I loved it") == ask("I loved it")
+    for model in (SCRATCH, PEFT):
+        assert ask("--model", model, "--base", moved, "a film") == ask("--model", model, "a film")
     tensors = load_file(moved / "model.safetensors")
     tensors["embeddings.LayerNorm.bias"] += 1e-3
     save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
     for model in (SCRATCH, PEFT):
         refused(lambda model=model: ask("--model", model, "--base", moved, "I loved it"), moved)
+
+
+@pytest.mark.slow
+def test_several_processes_say_a_mistake_once(tmp_path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT]
+    done = subprocess.run(
+        [*torchrun, "--unsure", "101", "film"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "101" in done.stderr

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRATCH, ask, write
+from conftest import PEFT, SCRATCH, ask, write
 
 import playground
 
@@ -31,7 +31,8 @@ def address(adapters, tmp_path_factory):
     if not (importlib.util.find_spec("gradio") and importlib.util.find_spec("playwright") and CHROMIUM):
         pytest.skip("needs pip install -r tests/requirements-web.txt, and a Chromium")
     log = write(tmp_path_factory.mktemp("web") / "log.txt", "")
-    command, environment = [sys.executable, playground.__file__, "--web"], {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, playground.__file__, "--web", "--model", SCRATCH, "--model", PEFT]
+    environment = {"PYTHONUNBUFFERED": "1"}
     with open(log, "w") as file:
         options = {"stdout": file, "stderr": file, "env": os.environ | environment | {"BROWSER": "true"}}
         child = subprocess.Popen(command, cwd=adapters, **options)
