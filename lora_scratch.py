@@ -684,7 +684,7 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
 # --- Checkpoints ----------------------------------------------------
 
 FORMAT = 1  # of every file; a reader refuses another number
-PLACES = ("base", "data")  # a path, in a file as seen from its folder; or a name of the Hub
+PLACES = {"base", "data"}  # a path, in a file as seen from its folder; or a name of the Hub
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
@@ -700,15 +700,19 @@ def data_name(args: Namespace) -> str:
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts to write into `path`: what is here is named as seen from there."""
+    """Facts to write into `path`: what is here is named as seen from there, and absolutely."""
     here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
-    return facts | {key: os.path.relpath(name, path.parent) for key, name in here.items()}
+    near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
+    return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
 
 
 def seen_from_here(path: Path, facts: dict) -> dict:
-    """The facts of `path`, with the names of what is there as seen from here."""
-    there = {key: os.path.normpath(path.parent / facts[key]) for key in PLACES if key in facts}
-    return facts | {key: name for key, name in there.items() if os.path.exists(name)}
+    """The facts of `path`, with the names of what is there, or was, as seen from here."""
+    for key in PLACES & facts.keys():
+        near = os.path.normpath(path.parent / facts[key])
+        places = near, facts.get("absolute", {}).get(key, "")
+        facts = facts | {key: next(filter(os.path.exists, places), facts[key])}
+    return facts
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
@@ -1085,7 +1089,9 @@ RANGES = {"r": (1, 65_536), "epochs": (1, 10**4), "threads": (1, 1024), "max_len
 RANGES |= {"alpha": (0, 1e6), "dropout": (0, 0.99), "warmup": (0, 1), "seed": (0, 2**32 - 1)}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-WITHOUT_HUB = "name a folder that is here, or run ./setup.sh --demo and add --demo"
+WITHOUT_HUB = (
+    "name a folder that is here (of a trained model with --base), or run ./setup.sh --demo and add --demo"
+)
 
 
 class Parser(ArgumentParser):

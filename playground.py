@@ -583,8 +583,6 @@ def check_flags(args: Namespace) -> str | None:
     has_table = args.file and is_table(args.file)
     if job == "label_column" and not (args.label_column and has_table):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
-    if has_table and args.file.is_fifo():
-        raise InputError(f"--file {args.file} is a pipe; save the table as a file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output:

@@ -144,6 +144,8 @@ WRONG = {  # what would make another model, or none
     "r": ["1", None, 0, 2, 1.5, 10**9, 10**30],
     "alpha": ["16", None, math.inf, math.nan, 1e308, -1.0],
     "dropout": ["0.1", None, -1, 2.0, math.nan],
+    "labels": [None, 3, [1, 2], [["a"], ["b"]]],
+    "data": [None, 7, ["data"]],
     "targets": [None, "q_lin", [1], ["nothing"], ["classifier"], ["q_lin"], [["q_lin"]]],
 }
 
@@ -151,14 +153,16 @@ WRONG = {  # what would make another model, or none
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_fact_is_refused(key, small, adapter, tmp_path) -> None:
     for value in WRONG[key]:
-        wrong = lambda facts, value=value: facts.update({key: value})  # noqa: E731
+        wrong = lambda facts, value=value: facts.update({key: value, "absolute": {}})  # noqa: E731
         path = changed(small.path, tmp_path, wrong)
         refused(lambda path=path: load_checkpoint(path))
         folder = rewritten(adapter, tmp_path, FACTS_FILE, wrong)
         refused(lambda folder=folder: load_adapter(folder))
 
 
-@pytest.mark.parametrize("key", sorted(WRONG.keys() - {"tokenizer", "answer"} | {"revision", "use_rslora"}))
+@pytest.mark.parametrize(
+    "key", sorted(WRONG.keys() - {"tokenizer", "answer", "labels", "data"} | {"revision", "use_rslora"})
+)
 def test_a_missing_fact_is_named(key, small, adapter, tmp_path) -> None:
     path = changed(small.path, tmp_path, lambda c: c.pop(key))
     refused(lambda: load_checkpoint(path), path, key)

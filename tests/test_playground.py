@@ -63,6 +63,7 @@ class Child:
 
     def run(self, arguments: list[str]) -> None:
         code, os.environ["TOKENIZERS_PARALLELISM"], sys.argv = 1, "false", arguments
+        lora_scratch.HELD.pop_all()  # the parent's
         try:
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
             runpy.run_path(SCRIPT, run_name="__main__")
@@ -123,14 +124,13 @@ def test_every_model_answers_on_a_line_of_its_own(here) -> None:
 
 def test_the_model_trained_last_is_asked_and_a_terminal_says_which_it_is(here, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = [Path("model/a.pt"), Path("model/deep/b/lora_peft.json"), Path("model/c.pt"), Path("model/d.pt")]
+    files = [Path("model/a.pt"), Path("model/b/lora_peft.json")]
     shutil.copytree(here / PEFT, files[1].parent)
     shutil.copy(here / SCRATCH, files[0])
-    write(files[2], "of another program")
-    files[3].symlink_to("gone")
-    for newest, name in ((files[0], "LoRA_scratch"), (files[1], "LoRA_peft")):
-        for file in files[:3]:
-            os.utime(file, (1e9, 1e9 + (file == files[2]) - (file != newest)))
+    Path("model/c.pt").symlink_to("gone")
+    for newest, name in zip(files, ("LoRA_scratch", "LoRA_peft"), strict=True):
+        for file in files:
+            os.utime(file, (1e9, 1e9 - (file != newest)))
         assert ask("I loved it").startswith(name)
         head, *answers = Child("I loved it", "I hated it", terminal=True).finish()[1].splitlines()
         model = newest if newest.suffix == ".pt" else newest.parent
@@ -423,8 +423,7 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
     [
         ("--model NONE.pt film", ["NONE.pt"]),
         ("--model S --model ./S film", ["--model", SCRATCH]),
-        ("--file t/remark.csv", ["remark.csv", "id, remark"]),
-        ("--file t/number.jsonl", ["number.jsonl", "row 1", "5"]),
+        ("--file t/remark.csv", ["remark.csv", "id, remark, by"]),
         ("--file t/no_header.csv", ["no_header.csv"]),
         *((f"--file {path}", [path]) for path in ("none.txt", "none.csv", "t", "t/pipe.csv")),
         *((f"--file t/{name}", [name]) for name in ("data.gz", "utf32.txt")),
@@ -445,10 +444,9 @@ def test_what_cannot_be_done_is_refused_and_changes_no_file(
     monkeypatch.chdir(shutil.copytree(here, tmp_path / "copy"))
     write(Path("t/no_index.tsv"), "sentence\nI loved it\n")
     write(Path("t/test.txt"), "mine")
-    write(Path("t/remark.csv"), "id,remark\n1,good\n")
+    write(Path("t/remark.csv"), "id,remark,by\n1,good,me\n")
     rows = (f"a rather long sentence about film number {i}, x\n" for i in range(9))
     write(Path("t/no_header.csv"), "".join(rows))
-    write(Path("t/number.jsonl"), '{"sentence": 5}\n')
     write(Path("t/data.gz"), gzip.compress(b"I loved it\n"))
     write(Path("t/utf32.txt"), "I loved it\n".encode("utf-32"))
     os.mkfifo("t/pipe.csv")

@@ -76,14 +76,16 @@ def test_the_checkpoint_is_small_and_plain(trained, tiny_base) -> None:
     assert size < trained.path.stat().st_size < size + 20_000
     facts = {key: value for key, value in trained.checkpoint.items() if key != "state_dict"}
     assert json.loads(json.dumps(facts)) == facts  # plain values alone
-    settings = facts.pop("record")["settings"]
+    settings, absolute = facts.pop("record")["settings"], facts.pop("absolute")
     identity = load_base(str(tiny_base), None, ["a", "b", "c"], 128).identity
     assert {key: facts.pop(key) for key in identity} == identity
     sizes = {"max_length": 128, "r": 8, "alpha": 16, "dropout": 0.1, "use_rslora": False}
     names = {"label_names": ["bad", "good"], "targets": ["q_lin", "v_lin"]}
     places = {"base": tiny_base, "data": settings["dataset"]}
+    assert absolute == {key: str(place) for key, place in places.items()}
     places = {key: os.path.relpath(place, trained.path.parent) for key, place in places.items()}
-    assert facts == {"format": 1, "revision": None} | places | names | sizes
+    columns = {"labels": ["0", "1"], "text_column": "sentence", "label_column": "label"}
+    assert facts == {"format": 1, "revision": None} | places | names | sizes | columns
 
 
 def test_the_record_has_settings_versions_machine_and_every_epoch(trained, tiny_base) -> None:
