@@ -585,12 +585,14 @@ def as_frame(table) -> DataFrame:
 
 def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[str, str]:
     """The columns of text and label: those given, or found."""
-    found = text or choose_column(where, table, "text", taken=label)
-    label = label or choose_column(where, table, "label", taken=found)
-    others = [n for n in table if n not in (found, label) and re.search(r"\D \D", str([*table[n][:1]]))]
-    if others and not text:
-        note(f"{where}: {found} is read, not {listed(others)}; see --text-column")
-    return found, label
+    columns = text, label
+    text = text or choose_column(where, table, "text", taken=label)
+    label = label or choose_column(where, table, "label", taken=text)
+    others = [name for name in table if name not in ("", text, label)]
+    if columns != (text, label) and (others or (text, label) != ("sentence", "label")):
+        unread = f"; not read: {listed(others)}" if others else ""
+        note(f"{where}: {text!r} is the text, {label!r} the label{unread}")
+    return text, label
 
 
 def choose_column(where: str, table: DataFrame, what: str, taken: str | None = None) -> str:
@@ -607,8 +609,6 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
             raise InputError(f"{where}: put names above the first row, {listed(every)}")
     if len(found) != 1:
         raise InputError(f"{where}: which of {listed(found or every)} is the {what}? See --{what}-column")
-    if found[0] != usual[0]:
-        note(f"{where}: {found[0]!r} is taken for the {what}")
     return found[0]
 
 
@@ -690,13 +690,9 @@ LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) -> dict:
     """What a checkpoint says beside its tensors: enough to build the model and to ask it."""
-    facts = {"base": args.model, "data": data_name(args), "revision": base.revision, **about}
+    facts = {"base": args.model, "data": args.data, "revision": base.revision, **about}
     facts |= {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
     return facts | base.identity | {"targets": sorted(set(map(last_name, wrapped)))}
-
-
-def data_name(args: Namespace) -> str:
-    return str(Path(args.dataset or "", args.dataset_config or ""))
 
 
 def seen_from(path: Path, facts: dict) -> dict:
@@ -798,8 +794,7 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
     with refusing(f"cannot write {path}", "make room or name another place"):
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
-        names = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": parent}
-        with TemporaryDirectory(**names) as temporary:
+        with TemporaryDirectory(".tmp", f".{path.name}.", parent) as temporary:
             write(Path(temporary))
             for old in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
                 write_file(path / old.name, lambda new, old=old: new.write_bytes(old.read_bytes()))
@@ -855,9 +850,8 @@ class TrainingState:
                     raise ValueError(f"{key} was {then!s:.60}, is now {now:.60}")
             epochs = [*json.loads(state["epochs"])]
             done, total = int(state["done"]), len(self.losses)
-            whole = math.ceil if done == total else math.floor  # the last epoch may be short
-            if not 0 < done <= total or len(epochs) != whole(done / self.steps_per_epoch):
-                raise ValueError(f"{len(epochs)} epochs in {done} steps")
+            if not 0 < done <= total:
+                raise ValueError(f"step {done} of {total}")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
             self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["generators"][0])
@@ -994,10 +988,9 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     precision = str(dtype).removeprefix("torch.")
     versions = {"python": sys.version.split()[0]}
     versions |= {library.__name__: str(library.__version__) for library in (torch, transformers)}
-    software = ", ".join(map(" ".join, versions.items()))
-    print(f"{'machine':12}{hardware}, {precision}; {software}", flush=True)
+    print(f"{'machine':12}{hardware}, {precision}", flush=True)
     settings = json.loads(json.dumps(vars(args), default=str))
-    record = seen_from(args.output, {"data": data_name(args), "settings": settings})
+    record = seen_from(args.output, {"data": args.data, "settings": settings})
     record |= {"versions": versions, "hardware": hardware, "precision": precision}
     return record | {"parameters": counts, "epochs": []}
 
@@ -1089,9 +1082,7 @@ RANGES = {"r": (1, 65_536), "epochs": (1, 10**4), "threads": (1, 1024), "max_len
 RANGES |= {"alpha": (0, 1e6), "dropout": (0, 0.99), "warmup": (0, 1), "seed": (0, 2**32 - 1)}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-WITHOUT_HUB = (
-    "name a folder that is here (of a trained model with --base), or run ./setup.sh --demo and add --demo"
-)
+WITHOUT_HUB = "name a folder (playground.py: --base), or run ./setup.sh --demo and add --demo"
 
 
 class Parser(ArgumentParser):
@@ -1126,8 +1117,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--use-rslora", **switch, help="scaling = alpha / sqrt(r)")
     add("--freeze-head", **switch, help="leave the head random")
     add = parser.add_argument_group("training").add_argument
-    recipes = ["auto", *RECIPES]
-    add("--recipe", choices=recipes, default="auto", help="(SST-2 published, else own)")
+    add("--recipe", choices=["auto", *RECIPES], default="auto", help="(SST-2 published, else own)")
     add("--epochs", type=int, help="(3; best 2; own 1 from 20,000 rows)")
     add("--max-steps", type=int, help="instead of epochs (own, best: at least 400)")
     add("--batch-size", type=int, help="sentences a step (16; best 32)")
@@ -1158,6 +1148,7 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         given[key] = given[key] or default
         if given[key] == hub[0]:
             given[detail] = given[detail] or hub[1]
+    args.data = str(Path(args.dataset, args.dataset_config or ""))
     name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
     name = "distilbert_sst2" if args.dataset in (GLUE[0], LOCAL["dataset"]) else name
     args.output = args.output or Path(parser.output.format(name))
@@ -1206,10 +1197,11 @@ def check_output(args: Namespace, is_file: bool) -> None:
             hold(output)
         files = beside(output, ".json"), Path(f"{output}.state"), result
         found = [path for path in files if os.path.lexists(path)]
-        data = seen_from(output, {"data": data_name(args)})["data"]
         for path in [] if args.overwrite else found:
-            if (other := data_of(path)) != data:
-                raise ValueError(f"{path} was made from {other}")
+            with refusing(f"--output: {path} is not replaced", "name another, or add --overwrite"):
+                old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
+                if old["data"] != seen_from(output, {"data": args.data})["data"]:
+                    raise ValueError(f"it was made from {old['data']}")
         is_new = not os.path.lexists(folder)
         folder.mkdir(exist_ok=True)
         if any(folder.iterdir()) and not found and not args.overwrite:
@@ -1224,22 +1216,14 @@ def check_output(args: Namespace, is_file: bool) -> None:
             shutil.rmtree(left)  # of a run that was killed
 
 
-def data_of(path: Path) -> str:
-    """From what a result, a state or a record was made."""
-    with refusing(f"--output: {path} is no result of ours", "name another, or --overwrite it"):
-        found = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
-        return found["data"]
-
-
 HELD = contextlib.ExitStack()  # open files, whose locks hold outputs for this run
 
 
 def hold(output: Path) -> None:
     """Keep other runs on this machine away from an output, until this one ends."""
-    name = sha256(bytes(output.resolve())).hexdigest()[:16]
-    place = Path(gettempdir(), f"lora-{os.getuid()}-{name}")
-    file = HELD.enter_context(open(place, "w"))  # noqa: SIM115
+    name = f"lora-{os.getuid()}-{sha256(bytes(output.resolve())).hexdigest()}"
     with refusing(f"--output {output}: another run writes it", "wait, or name another place"):
+        file = HELD.enter_context(open(Path(gettempdir(), name), "w"))  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -1294,11 +1278,10 @@ def visible(value: object, width: int = 200) -> str:
     """Text on one line of a terminal, without what moves the cursor or turns the order."""
     from unicodedata import category
 
-    text, turns = str(value), "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    text = text if len(text) <= width else text[: width - 1] + "…"
-    odd = {c for c in text if not c.isprintable()}
-    bad = {ord(c) for c in odd if c in turns or category(c) not in ("Zs", "Cf")}
-    return text.translate(dict.fromkeys(bad, "\ufffd"))
+    text = str(value) if len(str(value)) <= width else f"{str(value)[: width - 1]}…"
+    odd = {c for c in text if not c.isprintable() and category(c) not in ("Zs", "Cf")}
+    odd |= set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    return "".join("\ufffd" if c in odd else c for c in text)
 
 
 def listed(values: list, most: int = 20) -> str:

@@ -357,15 +357,6 @@ def test_a_result_by_hand() -> None:
         assert number in " ".join(said)
 
 
-@pytest.mark.parametrize(("right", "is_learnt"), [((30, 0), False), ((25, 4), False), ((30, 1), True)])
-def test_a_run_that_learnt_nothing_says_so(right, is_learnt: bool, tmp_path: Path, capsys) -> None:
-    confusion = [[right[0], 30 - right[0]], [9 - right[1], right[1]]]
-    args = flags_of("--output", tmp_path / "a.pt")
-    lora_scratch.finish(args, {}, torch.tensor(confusion), ["no", "yes"])
-    said = capsys.readouterr().out
-    assert ("--max-steps" in said) is not is_learnt and "95 % between" in said
-
-
 @SCRIPTS
 def test_a_name_that_starts_with_a_dash_is_written_and_asked(
     script, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capsys

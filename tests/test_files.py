@@ -197,7 +197,6 @@ BAD_STATES = {
     "done is zero": lambda s: s.update(done=0),
     "done is too much": lambda s: s.update(done=6),
     "done is no number": lambda s: s.update(done="two"),
-    "done has another epoch": lambda s: s.update(done=3),
     "epochs are no JSON": lambda s: s.update(epochs="["),
     "losses of another length": lambda s: s.update(losses=torch.zeros(100)),
     "a loss of NaN": lambda s: s["losses"].fill_(math.nan),

@@ -118,7 +118,7 @@ def test_other_data_or_another_base_under_the_same_name_is_refused(
     else:
         table = data / ("train.tsv" if kind == "training data" else "dev.tsv")
         table.write_text(table.read_text("utf-8").replace("\t1\n", "\t0\n", 1), "utf-8")
-    arguments = flags(base, data, *stopped[-6:-1], tmp_path / "a.pt", "--resume")
+    arguments = flags(base, data, *stopped[-6:-1], tmp_path / "a.pt", "--resume", "--overwrite")
     refused(lambda: lora_scratch.main(arguments), kind, tmp_path / "a.pt.state")
 
 
