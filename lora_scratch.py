@@ -88,13 +88,9 @@ class LoRALinear(nn.Module):
         return merged
 
 
-DEFAULT_TARGETS = {  # the query and value projections, as in section 4.2 of the paper
-    "distilbert": ["q_lin", "v_lin"],
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
-    "electra": ["query", "value"],
-    "mpnet": ["q", "v"],
-}
+# The query and value projections, as in section 4.2 of the paper
+DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"]}
+DEFAULT_TARGETS |= {name: ["query", "value"] for name in ("bert", "roberta", "electra")}
 
 
 def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
@@ -166,8 +162,9 @@ def train(
             # ---- one step of training ----
             optimizer.param_groups[0]["lr"] = args.lr * warmup_then_decay(step, total_steps, args.warmup)
             with autocast(model):  # in the type of the frozen base
-                logits = network(**inputs).logits  # (sentences, labels)
-            loss = weight * F.cross_entropy(logits.float(), labels, reduction="sum")
+                output = network(**inputs, output_hidden_states=args.contrast > 0)
+            loss = weight * F.cross_entropy(output.logits.float(), labels, reduction="sum")
+            loss += args.contrast * contrast(output.hidden_states[-1], labels) if args.contrast else 0
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
@@ -186,6 +183,19 @@ def train(
                 state.save(done)
             if state.stopped:
                 break
+
+
+def contrast(hidden: Tensor, labels: Tensor) -> Tensor:
+    """How unlike the others of its label a sentence is (SupCon, arXiv:2004.11362, equation 2).
+
+    hidden (sentences, tokens, width) → the mean of -log (exp(s_ij / 0.1) / Σ_k exp(s_ik / 0.1)) over the
+    j of i's label, then over the i that have one. s: cosine similarity of [CLS]; j and k are not i.
+    """
+    unit, itself = F.normalize(hidden[:, 0].float(), dim=1), torch.eye(len(labels), device=labels.device)
+    logs = F.log_softmax(unit @ unit.T / 0.1 - 1e9 * itself, dim=1)  # (sentences, sentences)
+    partners = (labels[:, None] == labels).float() - itself  # 1 where the label is the same
+    shares = partners / partners.sum(dim=1, keepdim=True).clamp(min=1)  # each row's sum is 1 or 0
+    return -(shares * logs).sum() / shares.sum().clamp(min=1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -779,7 +789,7 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs beside seed and step."""
 
-    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm seed"
+    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
@@ -1110,6 +1120,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
     add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
     add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
+    add("--contrast", type=float, help="weight of SupCon's term (own below 200 rows 1, else 0)")
     add("--seed", type=int, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
@@ -1148,6 +1159,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
         is_local = Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
         name = "published" if is_local or args.dataset == GLUE[0] else "own"
     recipe = dict(RECIPES[name])
+    recipe["contrast"] = float(name == "own" and rows < 200)  # more rows need no help
     if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
@@ -1160,6 +1172,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     targets = " ".join(chosen.targets or ["query and value"]).replace("all-linear", "all linear")
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
     how = f"{targets} layers, {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
+    how += f", contrast {chosen.contrast:g}" if chosen.contrast else ""
     print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
