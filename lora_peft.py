@@ -41,7 +41,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
-# === The adapter ================================================================================
+# === The adapter ====================================================
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
@@ -89,7 +89,7 @@ def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-# === The run ====================================================================================
+# === The run ========================================================
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int | None:
     finish(args, record, confusion, about["label_names"])
 
 
-# === Files ======================================================================================
+# === Files ==========================================================
 
 
 def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict) -> None:
@@ -185,7 +185,7 @@ def plain(config: peft.PeftConfig) -> dict:
     return config.to_dict() | {k: sorted(map(str, v)) for k, v in several.items()}
 
 
-# === Conversion =================================================================================
+# === Conversion =====================================================
 
 
 def convert(args: Namespace) -> None:

@@ -31,17 +31,13 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from glob import escape
 from hashlib import sha256
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
-from typing import TYPE_CHECKING
+from tempfile import gettempdir
 from zipfile import ZipFile
 
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else a question may call home, too
 
 import huggingface_hub
 import numpy
@@ -52,9 +48,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-if TYPE_CHECKING:  # else imported by those alone who read a table: half a second
-    from pandas import DataFrame
 
 # === The method =====================================================
 
@@ -94,13 +87,9 @@ class LoRALinear(nn.Module):
         return merged
 
 
-DEFAULT_TARGETS = {  # the query and value projections, as in section 4.2 of the paper
-    "distilbert": ["q_lin", "v_lin"],
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
-    "electra": ["query", "value"],
-    "mpnet": ["q", "v"],
-}
+# The query and value projections, as in section 4.2 of the paper
+DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"]}
+DEFAULT_TARGETS |= {name: ["query", "value"] for name in ("bert", "roberta", "electra")}
 
 
 def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
@@ -172,8 +161,9 @@ def train(
             # ---- one step of training ----
             optimizer.param_groups[0]["lr"] = args.lr * warmup_then_decay(step, total_steps, args.warmup)
             with autocast(model):  # in the type of the frozen base
-                logits = network(**inputs).logits  # (sentences, labels)
-            loss = weight * F.cross_entropy(logits.float(), labels, reduction="sum")
+                output = network(**inputs, output_hidden_states=args.contrast > 0)
+            loss = weight * F.cross_entropy(output.logits.float(), labels, reduction="sum")
+            loss += args.contrast * contrast(output.hidden_states[-1], labels) if args.contrast else 0
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
@@ -192,6 +182,19 @@ def train(
                 state.save(done)
             if state.stopped:
                 break
+
+
+def contrast(hidden: Tensor, labels: Tensor) -> Tensor:
+    """How unlike the others of its label a sentence is (SupCon, arXiv:2004.11362, equation 2).
+
+    hidden (sentences, tokens, width) → the mean of -log (exp(s_ij / 0.1) / Σ_k exp(s_ik / 0.1)) over the
+    j of i's label, then over the i that have one. s: cosine similarity of [CLS]; j and k are not i.
+    """
+    unit, itself = F.normalize(hidden[:, 0].float(), dim=1), torch.eye(len(labels), device=labels.device)
+    logs = F.log_softmax(unit @ unit.T / 0.1 - 1e9 * itself, dim=1)  # (sentences, sentences)
+    partners = (labels[:, None] == labels).float() - itself  # 1 where the label is the same
+    shares = partners / partners.sum(dim=1, keepdim=True).clamp(min=1)  # each row's sum is 1 or 0
+    return -(shares * logs).sum() / shares.sum().clamp(min=1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -373,17 +376,21 @@ def find_trained_base(facts: dict, base_name: str | None) -> Base:
 
 
 def use_cache_if_offline() -> None:
-    """Let the first request ask for 5 seconds if a Hub is there; else each tries for half a minute."""
+    """Let the first request, if any, ask for 5 seconds; else each tries for half a minute."""
+    from multiprocessing.pool import ThreadPool  # to look up a name obeys no timeout
+
+    from huggingface_hub import constants, utils
 
     def connect():
-        client, answer = huggingface_hub.utils._http.default_client_factory(), None
+        client, answer = utils._http.default_client_factory(), None
         with contextlib.suppress(Exception):  # no network, no such name, offline on purpose
-            url, patience = huggingface_hub.constants.ENDPOINT, {"timeout": 5}
-            answer = ThreadPool(1).apply_async(client.head, [url], patience).get(5)  # or its look-up hangs
-        huggingface_hub.constants.HF_HUB_OFFLINE = answer is None or answer.status_code >= 500
+            ask = ThreadPool(1).apply_async(client.head, [constants.ENDPOINT], {"timeout": 5})
+            answer = ask.get(5)
+        constants.HF_HUB_OFFLINE = answer is None or answer.status_code >= 500
         return client
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # a refusal is one line
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks, too
+    utils.logging.set_verbosity_error()  # a refusal is one line
     huggingface_hub.set_client_factory(connect)
 
 
@@ -394,6 +401,7 @@ def last_name(path: str) -> str:
 
 # --- Tables ---------------------------------------------------------
 
+DataFrame = "pandas.DataFrame"  # in annotations; to import it takes half a second
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 SPLITS = dict.fromkeys(["train", "training"], "training")  # by how a file's name starts
 SPLITS |= dict.fromkeys(["validation", "valid", "val", "dev"], "validation")
@@ -588,10 +596,9 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
     columns = text, label
     text = text or choose_column(where, table, "text", taken=label)
     label = label or choose_column(where, table, "label", taken=text)
-    others = [name for name in table if name not in ("", text, label)]
-    if columns != (text, label) and (others or (text, label) != ("sentence", "label")):
-        unread = f"; not read: {listed(others)}" if others else ""
-        note(f"{where}: {text!r} is the text, {label!r} the label{unread}")
+    others = listed([name for name in table if name not in ("", text, label)]) or "nothing"
+    if columns != (text, label) and (text, label, others) != ("sentence", "label", "nothing"):
+        note(f"{where}: {text!r} is the text, {label!r} the label; not read: {others}")
     return text, label
 
 
@@ -791,13 +798,16 @@ def write_file(path: Path, write: Callable) -> None:
 
 def write_folder(path: Path, write: Callable, last: str = "") -> None:
     """Let `write` fill a temporary folder, then move its files, the one named `last` last."""
+    temporary = path.resolve().with_name(f".{path.name}.tmp")
     with refusing(f"cannot write {path}", "make room or name another place"):
-        parent = path.resolve().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(".tmp", f".{path.name}.", parent) as temporary:
-            write(Path(temporary))
-            for old in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for old in sorted(temporary.iterdir(), key=lambda file: file.name == last):
                 write_file(path / old.name, lambda new, old=old: new.write_bytes(old.read_bytes()))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- Resuming -------------------------------------------------------
@@ -806,7 +816,7 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs beside seed and step."""
 
-    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm seed"
+    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
@@ -1125,6 +1135,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
     add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
     add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
+    add("--contrast", type=float, help="weight of SupCon's term (own below 200 rows 1, else 0)")
     add("--seed", type=int, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
@@ -1169,6 +1180,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
         is_local = Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
         name = "published" if is_local or args.dataset == GLUE[0] else "own"
     recipe = dict(RECIPES[name])
+    recipe["contrast"] = float(name == "own" and rows < 200)  # more rows need no help
     if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
@@ -1179,8 +1191,8 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     if name != "published" and not args.epochs and steps < 400:  # few rows are seen more often
         chosen.max_steps = chosen.max_steps or 400
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
-    how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
-    print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
+    how = f"{length}, batches of {chosen.batch_size}, contrast {chosen.contrast:g}"
+    print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: rate {chosen.lr:g}, {how}")
     return chosen
 
 
@@ -1202,18 +1214,13 @@ def check_output(args: Namespace, is_file: bool) -> None:
                 old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
                 if old["data"] != seen_from(output, {"data": args.data})["data"]:
                     raise ValueError(f"it was made from {old['data']}")
-        is_new = not os.path.lexists(folder)
-        folder.mkdir(exist_ok=True)
-        if any(folder.iterdir()) and not found and not args.overwrite:
-            raise ValueError(f"{folder} holds other files")
-        for path in (*files[:2], folder / "config.json"):
-            probe = path.resolve().with_name(f".{path.name}.12345678.tmp")
+        is_strange = folder.is_dir() and any(folder.iterdir()) and not found and not args.overwrite
+        if is_strange or folder.is_dir() != os.path.lexists(folder):
+            raise ValueError(f"{folder} is something else")
+        for path in (*files[:2], folder / "config.json" if folder.is_dir() else folder):
+            probe = path.resolve().with_name(f".{path.name}.try")
             probe.touch()
             probe.unlink()
-        if is_new:
-            folder.rmdir()
-        for left in output.parent.glob(f".{escape(folder.name)}.*.tmp"):
-            shutil.rmtree(left)  # of a run that was killed
 
 
 HELD = contextlib.ExitStack()  # open files, whose locks hold outputs for this run
@@ -1247,8 +1254,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
 def quick_type(device: torch.device) -> torch.dtype:
     """16 bits where the machine multiplies them quickly."""
     if device.type == "cuda":  # bfloat16 since Ampere
-        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if is_new else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     able = torch.cpu.get_capabilities()
     is_quick = any(map(able.get, ("amx_bf16", "avx512_bf16", "bf16")))
     return torch.bfloat16 if is_quick else torch.float32

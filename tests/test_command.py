@@ -54,7 +54,9 @@ PUBLISHED = {"recipe": "published", "targets": None, "lr": 2e-4, "epochs": 3, "m
 @pytest.mark.parametrize(
     ("more", "rows", "labels", "expected"),
     [
-        (MINE, 100, 2, OWN | {"max_steps": 400}),
+        (MINE, 199, 2, OWN | {"max_steps": 400, "contrast": 1}),
+        (MINE, 200, 2, OWN | {"max_steps": 400, "contrast": 0}),
+        ([*MINE, "--contrast", "0"], 100, 2, OWN | {"contrast": 0}),
         (MINE, 2200, 2, OWN | {"epochs": 3, "max_steps": None}),
         (MINE, 20_000, 19, OWN | {"epochs": 1, "max_steps": None}),
         (MINE, 20_000, 20, OWN | {"lr": 2e-3}),
@@ -62,7 +64,8 @@ PUBLISHED = {"recipe": "published", "targets": None, "lr": 2e-4, "epochs": 3, "m
         ([*MINE, "--epochs", "2"], 100, 2, OWN | {"epochs": 2, "max_steps": None}),
         ([*MINE, "--max-steps", "7", "--targets", "q_lin"], 100, 2, {"targets": ["q_lin"], "max_steps": 7}),
         ([*MINE, "--batch-size", "8"], 1100, 2, OWN | {"batch_size": 8, "epochs": 3, "max_steps": None}),
-        ([*MINE, "--recipe", "published"], 100, 77, PUBLISHED),
+        ([*MINE, "--recipe", "published"], 100, 77, PUBLISHED | {"contrast": 0}),
+        ([*MINE, "--recipe", "best"], 100, 2, BEST | {"contrast": 0}),
         ([*MINE, "--recipe", "best"], 6400, 2, BEST | {"epochs": 2, "max_steps": None}),
         ([*MINE, "--recipe", "best"], 6300, 20, BEST | {"lr": 2e-3, "max_steps": 400}),
         (["--dataset", "nyu-mll/glue"], 67_349, 2, PUBLISHED),
@@ -247,18 +250,18 @@ def test_the_result_of_other_data_is_replaced_only_when_told(script, tiny_base, 
 
 
 def test_a_run_holds_its_output_and_sweeps_what_a_killed_one_left(tiny_base, tiny_data, tmp_path) -> None:
-    output, left = tmp_path / "a.pt", tmp_path / ".a.0abc1234.tmp"
-    write(left / "tokenizer.json", "{}")
+    output, left = tmp_path / "a.pt", tmp_path / ".a.tmp"
+    write(left / "vocab.txt", "of another tokenizer")
     given = flags(tiny_base, tiny_data, "--output", output)
     command = [sys.executable, lora_scratch.__file__, *given, "--max-steps", "100000", "--log-every", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         any(line.startswith(b"step ") for line in process.stdout)
-        assert not left.exists()
         before = files_of(tmp_path)
         refused(lambda: main([*given, "--overwrite"]), output, "another run")
         assert files_of(tmp_path) == before
         process.kill()
     main([*given, *SHORT])
+    assert not left.exists() and not (tmp_path / "a/vocab.txt").exists()
 
 
 @SCRIPTS
