@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
+from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -43,6 +44,8 @@ if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a b
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else a question may call home, too
 
+if not all(map(find_spec, ("torch", "transformers", "datasets"))):
+    ArgumentParser().exit(2, "error: packages missing; run ./setup.sh, then source .venv/bin/activate\n")
 import huggingface_hub
 import numpy
 import torch
