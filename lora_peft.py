@@ -17,9 +17,10 @@ import json
 import os
 import re
 import warnings
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 # isort: off
@@ -33,6 +34,8 @@ from lora_scratch import refusing, seen_from, seen_from_here, write_folder
 
 # isort: on
 
+if not find_spec("peft"):
+    ArgumentParser().exit(2, "error: peft missing; run ./setup.sh, then source .venv/bin/activate\n")
 import peft
 from torch import Tensor
 

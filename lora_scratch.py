@@ -32,13 +32,14 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import gettempdir
 from zipfile import ZipFile
 
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+if not all(map(find_spec, ("torch", "transformers", "datasets"))):
+    ArgumentParser().exit(2, "error: packages missing; run ./setup.sh, then source .venv/bin/activate\n")
 import huggingface_hub
 import numpy
 import torch
@@ -1011,8 +1012,7 @@ def calibrate(model: nn.Module, sentences: Tokens) -> float:
     See arXiv:1706.04599; it goes into the head's last layer. A frozen head keeps 1.
     """
     own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
-    linear = [m for m in own if isinstance(m, nn.Linear)]
-    layer = [m for m in linear if m.out_features == model.config.num_labels][-1]
+    layer = [m for m in own if getattr(m, "out_features", 0) == model.config.num_labels][-1]
     temperature, rows = 1.0, len(sentences)
     if rows >= 10 and layer.weight.requires_grad:
         logits, tried = predict(model, sentences, 32), torch.logspace(0, 1, 101).tolist()
@@ -1230,7 +1230,7 @@ def hold(output: Path) -> None:
     """Keep other runs on this machine away from an output, until this one ends."""
     name = f"lora-{os.getuid()}-{sha256(bytes(output.resolve())).hexdigest()}"
     with refusing(f"--output {output}: another run writes it", "wait, or name another place"):
-        file = HELD.enter_context(open(Path(gettempdir(), name), "w"))  # noqa: SIM115
+        file = HELD.enter_context(open(Path("/tmp", name), "w"))  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

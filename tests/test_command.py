@@ -405,6 +405,19 @@ def test_the_exit_code_says_how_it_ended(call, code: int | None, monkeypatch, ca
         lora_scratch.run(lambda: 1 / 0)
 
 
+BARE = ["-ES"]  # without installed packages
+NO_PEFT = "import runpy, sys; sys.modules['peft'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+MISSING = [(BARE, "lora_scratch"), (BARE, "lora_peft"), (BARE, "playground"), (["-c", NO_PEFT], "lora_peft")]
+
+
+@pytest.mark.parametrize(("python", "script"), MISSING)
+def test_missing_packages_are_one_line(python: list[str], script: str) -> None:
+    command, folder = [sys.executable, *python, f"{script}.py"], Path(lora_scratch.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and "./setup.sh" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["NO_NOTEBOOK", "JPY_PARENT_PID", "COLAB_RELEASE_TAG"])
 def test_a_bar_is_for_terminals(name, tiny_base, tiny_data, tmp_path: Path, monkeypatch, capsys) -> None:
     """A notebook calls itself one, but would keep all states of a bar."""

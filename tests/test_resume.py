@@ -39,7 +39,7 @@ def same_bits(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def stop_at(call: int, patch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
+def stop_at(call: int, patch: pytest.MonkeyPatch, number: int) -> None:
     """Send this process a signal when a batch is put together for the `call`-th time."""
     collate, calls = lora_scratch.collate, []
 
@@ -53,17 +53,23 @@ def stop_at(call: int, patch: pytest.MonkeyPatch, number: int = signal.SIGINT) -
     patch.setattr(lora_scratch, "collate", interrupt)
 
 
-@pytest.mark.parametrize("moment", [2, 7, 8, 20])  # every fourth is an evaluation
+MOMENTS = [(2, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGHUP), (20, signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("moment", "number"), MOMENTS)  # every fourth is an evaluation
 @SCRIPTS
-def test_a_stopped_run_ends_in_the_same_bits(script, moment, tiny_base, tiny_data, tmp_path, capsys) -> None:
+def test_a_stopped_run_ends_in_the_same_bits(
+    script, moment, number, tiny_base, tiny_data, tmp_path, capsys
+) -> None:
+    former = signal.signal(number, signal.default_int_handler)  # nohup ignores one
     outputs = [output_of(script, tmp_path / name) for name in ("whole", "stopped")]
     more = ["--epochs", 5, "--lr", 0.01, "--contrast", moment % 2, "--output"]
     whole, stopped = (flags(tiny_base, tiny_data, *more, output) for output in outputs)
     assert script.main(whole) is None
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(moment, patch)
-        assert script.main(stopped) == 130 and not outputs[1].exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        stop_at(moment, patch, number)
+        assert script.main(stopped) == 128 + number and not outputs[1].exists()
+    assert signal.signal(number, former) is signal.default_int_handler
     assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     assert script.main([*stopped, "--resume"]) is None
     assert same_bits(*outputs)
