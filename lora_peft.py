@@ -197,6 +197,7 @@ def convert(args: Namespace) -> None:
         raise InputError("--import-scratch and --export-scratch: one at a time")
     if args.output is None or args.output.exists():
         raise InputError(f"--output {args.output or ''}: name a new place for the result")
+    args.data = ""  # a new result replaces none
     check_output(args, is_file=args.import_scratch is None)
     if args.import_scratch:
         source, facts = load_checkpoint(args.import_scratch, args.model)

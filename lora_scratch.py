@@ -449,7 +449,9 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
     generator = torch.Generator().manual_seed(args.seed)
     train = train.iloc[torch.randperm(len(train), generator=generator).numpy()]
     if held.empty:  # of each label the first tenth of the texts that have no other
-        texts = train.drop_duplicates(["text", "label"]).drop_duplicates("text", keep=False)
+        is_first = ~rows["training"]["text"].duplicated()  # a frequent text is no likelier
+        is_sure = train.groupby("text")["label"].transform("nunique") == 1
+        texts = train[is_first[train.index] & is_sure]
         groups = texts.groupby("label")["text"]
         rank, size = groups.cumcount(), groups.transform("size")
         is_held = train["text"].isin(texts["text"][(10 * rank < size) & (size > 1)])
@@ -526,7 +528,9 @@ def read_file(path: Path) -> DataFrame:
         elif kind == "xlsx":
             table = pandas.read_excel(path, dtype=str, na_filter=False, engine="openpyxl")
         elif kind in ("json", "jsonl"):
-            table = pandas.DataFrame(read_json(path), dtype=object)
+            rows = read_json(path)  # NA: what a row does not have; NaN is a value
+            names = {name: pandas.NA for row in rows for name in row}
+            table = pandas.DataFrame([names | row for row in rows], dtype=object)
         else:
             text, is_marked = read_text(path)
             text = text if "\n" in text else text.replace("\r", "\n")
@@ -537,9 +541,10 @@ def read_file(path: Path) -> DataFrame:
                 sep, text = "\t", text.replace("\r\n", "\n")
                 how |= {"quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
             csv.field_size_limit(sys.maxsize)
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
+            loose, rows = (csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=x) for x in (0, 1))
+            spans_lines = kind == "csv" and len([*loose]) < text.count("\n")
             try:
-                sum(map(len, rows if kind == "csv" else []))  # reads them all
+                sum(map(len, rows if spans_lines else []))  # reads them all
             except csv.Error:  # else the rows up to the next mark are one
                 how["quoting"] = csv.QUOTE_NONE
                 note(f"{path}: line {rows.line_num}: a stray quotation mark, so all are text")
@@ -573,7 +578,7 @@ def read_text(path: Path) -> tuple[str, bool]:
 def read_json(path: Path) -> list[dict]:
     """The rows: one object a line, a list, or an object with one list of objects."""
     text = re.sub(r"}[ \t]*[\r\n]\s*{", "},\n{", read_text(path)[0])  # between lines
-    rows = json.loads(f"[{text}]", parse_constant=str)
+    rows = json.loads(f"[{text}]")
     json.dumps(rows, ensure_ascii=False).encode()  # half characters are no text
     parts = rows[0].values() if len(rows) == 1 and isinstance(rows[0], dict) else rows
     lists = [part for part in parts if isinstance(part, list) and {*map(type, part)} == {dict}]
@@ -614,7 +619,7 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
         found = sorted(names, key=lambda name: sum(table[name].map(str).map(len)))[-1:]
         again = [n for n in every if n not in found and n in table[n].map(str).str.strip().tolist()]
         if again and not taken and every != ["0", "1"]:  # which pandas writes
-            raise InputError(f"{where}: put names above the first row, {listed(every)}")
+            raise InputError(f"{where}: put names above {listed(every)}, or say --text-column")
     if len(found) != 1:
         raise InputError(f"{where}: which of {listed(found or every)} is the {what}? See --{what}-column")
     return found[0]
@@ -633,9 +638,10 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
         what = f"no column {missing[0]!r} but {listed([*table])}"
         raise InputError(f"{where}: {what}; see --text-column and --label-column")
     rows, lists = table[columns].astype(object), (list, numpy.ndarray)
+    no_text = (*lists, dict, bytes)
     rows.columns, rows.index = ["text", "label"], range(1, len(rows) + 1)
     rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
-    is_text = rows.map(lambda v: numpy.isscalar(v) and not isinstance(v, bytes))
+    is_text = ~rows.map(lambda v: isinstance(v, no_text))
     rows = rows.where(is_text & rows.notna(), "").map(str).astype(object)
     labels = rows["label"].str.strip().str.normalize("NFC")
     labels = labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)  # 1.0 is 1
@@ -712,10 +718,9 @@ def seen_from(path: Path, facts: dict) -> dict:
 
 def seen_from_here(path: Path, facts: dict) -> dict:
     """The facts of `path`, with the names of what is there, or was, as seen from here."""
-    for key in PLACES & facts.keys():
+    for key, there in facts.get("absolute", {}).items():
         near = os.path.normpath(path.parent / facts[key])
-        places = near, facts.get("absolute", {}).get(key, "")
-        facts = facts | {key: next(filter(os.path.exists, places), facts[key])}
+        facts = facts | {key: next(filter(os.path.exists, (near, there)), facts[key])}
     return facts
 
 
@@ -1135,7 +1140,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
     add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
     add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
-    add("--contrast", type=float, help="weight of SupCon's term (own below 200 rows 1, else 0)")
+    add("--contrast", type=float, default=0.0, help="weight of a term for few rows, such as 1 (0)")
     add("--seed", type=int, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
@@ -1180,7 +1185,6 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
         is_local = Path(args.dataset).resolve() == Path(LOCAL["dataset"]).resolve()
         name = "published" if is_local or args.dataset == GLUE[0] else "own"
     recipe = dict(RECIPES[name])
-    recipe["contrast"] = float(name == "own" and rows < 200)  # more rows need no help
     if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
@@ -1191,8 +1195,8 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     if name != "published" and not args.epochs and steps < 400:  # few rows are seen more often
         chosen.max_steps = chosen.max_steps or 400
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
-    how = f"{length}, batches of {chosen.batch_size}, contrast {chosen.contrast:g}"
-    print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: rate {chosen.lr:g}, {how}")
+    how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
+    print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
 
@@ -1212,13 +1216,13 @@ def check_output(args: Namespace, is_file: bool) -> None:
         for path in [] if args.overwrite else found:
             with refusing(f"--output: {path} is not replaced", "name another, or add --overwrite"):
                 old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
-                if old["data"] != seen_from(output, {"data": args.data})["data"]:
-                    raise ValueError(f"it was made from {old['data']}")
+                if (data := old.get("data")) != seen_from(output, {"data": args.data})["data"]:
+                    raise ValueError(f"it was made from {data or 'unknown data'}")
         is_strange = folder.is_dir() and any(folder.iterdir()) and not found and not args.overwrite
         if is_strange or folder.is_dir() != os.path.lexists(folder):
             raise ValueError(f"{folder} is something else")
         for path in (*files[:2], folder / "config.json" if folder.is_dir() else folder):
-            probe = path.resolve().with_name(f".{path.name}.try")
+            probe = path.resolve().with_name(f".{path.name}.{os.getpid()}")
             probe.touch()
             probe.unlink()
 

@@ -292,7 +292,7 @@ def translate_labels(model: Model, labels, args: Namespace):
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
     split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
-    folders = args.file.resolve().parents if split == "training" else ()
+    folders = args.file.resolve().parents[:2] if split == "training" else ()
     if training_data(model).resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
@@ -411,10 +411,12 @@ def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
 
 
 def json_lines(plain) -> str:
-    """The rows as JSON; what a row of a JSON file did not have is NaN in its table."""
-    rows = [{key: value for key, value in row.items() if value == value} for row in plain.to_dict("records")]
-    options = {"ensure_ascii": False, "allow_nan": False, "default": str}
-    return "".join(json.dumps(row, **options) + "\n" for row in rows)
+    """The rows as JSON; what a row of a JSON file did not have is NA in its table."""
+    from pandas import NA
+
+    whole = (zip(plain, row, strict=True) for row in plain.itertuples(index=False, name=None))
+    rows = [{key: value for key, value in row if value is not NA} for row in whole]
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
@@ -609,7 +611,7 @@ def choose_models(args: Namespace) -> list[Path]:
         raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")
     found, folder = args.model, Path("model")
     if not found:
-        files = [*folder.glob("*.pt"), *folder.glob("*/lora_peft.json")]
+        files = [*folder.glob("*.pt"), *folder.glob("[!.]*/lora_peft.json")]
         newest = sorted(filter(Path.is_file, files), key=os.path.getmtime)[-1:]
         found = [file if file.suffix == ".pt" else file.parent for file in newest]
     if not found:

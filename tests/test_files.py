@@ -281,6 +281,12 @@ def test_a_damaged_byte_is_noticed_or_does_no_harm(small, tmp_path, place, bits)
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+def test_a_name_of_the_hub_is_not_taken_for_a_folder_beside_the_result(tmp_path) -> None:
+    facts = lora_scratch.seen_from(tmp_path / "bert.pt", {"base": "bert", "data": str(tmp_path / "x.csv")})
+    (tmp_path / "bert").mkdir()
+    assert seen_from_here(tmp_path / "bert.pt", facts)["base"] == "bert"
+
+
 # --- Files of earlier versions
 
 TOKENIZER = "801bdadbb33c6e981fb2b82b7a959129ccabccca04cb944e0320c6039f53b539"  # of tiny_base, then

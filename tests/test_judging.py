@@ -292,12 +292,14 @@ def test_what_the_last_row_cannot_be_written_as_is_refused_before_the_first_is_a
 
 def test_json_lines_keep_their_values_and_what_is_missing_stays_missing(here, tmp_path) -> None:
     rows = [{"text": "I loved it", "n": 1, "more": {"a": [1, None]}}, {"text": None, "n": None}]
-    rows += [{"text": "é", "x": 1.5}, {"text": "   ", "x": "NaN"}, {"x": "Infinity"}]
+    rows += [{"text": "é", "x": 1.5}, {"text": "   ", "x": math.nan}, {"x": math.inf}]
     table = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
     ask(*HERE, table, "--output", tmp_path / "a.jsonl")
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
     answers = [(row.pop("label"), row.pop("probability")) for row in found]
-    assert found == rows and answers[0][0] == "positive" and answers[3] == (None, None)
+    assert (
+        json.dumps(found) == json.dumps(rows) and answers[0][0] == "positive" and answers[3] == (None, None)
+    )
     ask(*HERE, table, "--output", tmp_path / "a.csv")
     assert read_csv(tmp_path / "a.csv")[2] == ["", "", "", "", "", ""]
 

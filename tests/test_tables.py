@@ -103,9 +103,10 @@ MARKED = "\ufeff" + TSV + "a film\t1\nüber ☂ 好\t0\n"
         ("one.jsonl", '{"sentence": "a", "label": ["good"], "tags": []}', [["a", "good"]]),
         (
             "constants.jsonl",
-            '{"sentence": NaN, "label": 0}{"sentence": "a"}'.replace("}{", "}\n{"),
-            [["NaN", "0"]],
+            objects(*({"sentence": a, "label": b} for a, b in ((math.nan, 0), ("a", math.nan), ("b", 1)))),
+            [["b", "1"]],
         ),
+        ("escaped.csv", f'{CSV}"a, b",0\n"he said \\"so\\"",1\n', [["a, b", "0"], ['he said \\so\\""', "1"]]),
         (
             "braces.jsonl",
             objects({"sentence": "} {", "label": 0}, {"sentence": "a", "label": 1}),
