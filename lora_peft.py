@@ -161,7 +161,7 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
     with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         facts = seen_from_here(folder, facts)
-        with warnings.catch_warnings(action="error", category=UserWarning):  # it ignores settings
+        with warnings.catch_warnings(action="error", category=UserWarning):
             found = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.load_peft_weights(str(folder), device="cpu")
         if facts.get("tensors", digest_of(folder)) != digest_of(folder):

@@ -295,7 +295,7 @@ class Base:
 
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
     """The pretrained encoder in float32 with a new random head; InputError if they do not fit."""
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # a refusal is one line
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
     remedy = "name another with --model (playground.py: --base), or lower --max-length"
@@ -310,7 +310,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
         if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
-            raise ValueError("no encoder of up to 200 layers that reads text and pads at the right")
+            raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
@@ -342,7 +342,7 @@ def fetch_base(name: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-@torch.random.fork_rng([])  # its trial with dropout leaves the seed alone
+@torch.random.fork_rng([])  # as if no dropout were tried
 @torch.inference_mode()
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
     """Digests of weights and words, and part of an answer, which other settings change."""
@@ -356,7 +356,7 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length:
     numbers, ids = tokenizer.get_vocab(), tokenizer([ODD])["input_ids"]
     words = json.dumps([sorted(numbers.items()), ids]).encode()
     longest = torch.full((1, max_length), max(numbers.values()))
-    if not model.train()(longest).logits.isfinite().all():  # or that text cannot be read at all
+    if not model.train()(longest).logits.isfinite().all():
         raise ValueError("its answers are not finite")
     answer = model.eval().base_model(torch.tensor(ids)[:, : min(16, max_length)])[0][0, 0, :8]
     found = {"fingerprint": digest.hexdigest(), "tokenizer": sha256(words).hexdigest()}
@@ -417,11 +417,11 @@ class Tokens:
 
 
 def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
-    """The texts as token numbers, cut at `max_length`."""
+    """The texts as token numbers, cut at `max_length`; where a text has none, padding."""
     texts, ids, cut = list(texts), [], 0
     for start in range(0, len(texts), 1000):  # what a tokenizer returns is large
         found = tokenizer(texts[start : start + 1000], truncation=True, max_length=max_length)
-        ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
+        ids += [numpy.array(one or [tokenizer.pad_token_id], dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
         note(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens; see --max-length")
@@ -618,7 +618,7 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
 def is_blank(text: str) -> bool:
     from unicodedata import category
 
-    return all(c.isspace() or category(c) == "Cf" for c in text)  # Cf: without width
+    return all(c.isspace() or category(c) in ("Cc", "Cf") for c in text)  # without width
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
@@ -817,12 +817,11 @@ class TrainingState:
         self.path = Path(f"{args.output}.state")
         config = model.config.to_diff_dict() | {"transformers_version": ""}
         known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
-        keys = [*self.MUST_MATCH.split(), *LORA_FACTS]
-        self.settings = {key: str(known.get(key)) for key in keys}
+        self.settings = {key: str(known.get(key)) for key in [*self.MUST_MATCH.split(), *LORA_FACTS]}
         for kind, part in zip(("training", "validation"), sets, strict=True):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
-        self.stopped, self.exit_code, self.done = False, 0, 0  # done: steps, when last saved
+        self.stopped, self.exit_code, self.done = False, 0, 0  # done: steps saved
 
     def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scaler) -> int:
         """Make room for a state, which --resume loads; return the first step."""
@@ -1143,7 +1142,8 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """The flags, with the defaults that depend on --demo and on this folder."""
     args = parser.parse_args(argv)
     given = vars(args)
-    check_ranges(given)
+    with refusing("a flag is out of range", "see --help"):
+        check_ranges(given)
     for key, detail, hub in (("model", "revision", DISTILBERT), ("dataset", "dataset_config", GLUE)):
         default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else hub[0]
         given[key] = given[key] or default
@@ -1160,7 +1160,7 @@ def check_ranges(settings: dict) -> None:
     for key, value in settings.items():
         low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
         if type(value) in (int, float) and not low <= value <= high:
-            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+            raise ValueError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:

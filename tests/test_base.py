@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lora_scratch
-from lora_scratch import load_base, load_checkpoint, predict
+from lora_scratch import load_base, load_checkpoint, predict, tokenize
 
 import pytest
 import torch
@@ -193,6 +193,14 @@ TOKENIZERS = {
 def test_a_base_whose_tokenizer_does_not_fit_is_refused(kind, copied) -> None:
     edit_json(copied / "tokenizer.json", TOKENIZERS[kind])
     refused(lambda: load(copied, 32), copied)
+
+
+def test_a_text_of_which_nothing_is_left_is_padding(copied) -> None:
+    """Some tokenizers put nothing around a text, and drop an accent that stands alone."""
+    edit_json(copied / "tokenizer.json", lambda t: t.update(post_processor=None))
+    base = load(copied)
+    tokens = tokenize(["\u0301", "film"], base.tokenizer, 8)
+    assert tokens.lengths == [1, 1] and predict(base.model, tokens, 1).isfinite().all()
 
 
 def test_trying_a_base_leaves_the_seed_alone(copied) -> None:

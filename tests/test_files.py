@@ -155,7 +155,7 @@ def test_a_wrong_fact_is_refused(key, small, adapter, tmp_path) -> None:
     for value in WRONG[key]:
         wrong = lambda facts, value=value: facts.update({key: value, "absolute": {}})  # noqa: E731
         path = changed(small.path, tmp_path, wrong)
-        refused(lambda path=path: load_checkpoint(path))
+        refused(lambda path=path: load_checkpoint(path), *[path] * (key in ("alpha", "dropout")))
         folder = rewritten(adapter, tmp_path, FACTS_FILE, wrong)
         refused(lambda folder=folder: load_adapter(folder))
 
