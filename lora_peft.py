@@ -41,7 +41,7 @@ from torch import Tensor
 
 FACTS_FILE = "lora_peft.json"  # what a checkpoint says beside its tensors
 TENSORS_FILE = "adapter_model.safetensors"
-MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "modules_to_save")
 
 
 # === The adapter ====================================================
@@ -164,7 +164,8 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
     with refusing(f"{folder}: not an adapter folder of lora_peft.py", "train or copy it again"):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         facts = seen_from_here(folder, facts)
-        found = peft.PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            found = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.load_peft_weights(str(folder), device="cpu")
         if facts.get("tensors", digest_of(folder)) != digest_of(folder):
             raise ValueError("a run was interrupted while it saved these tensors")
@@ -172,8 +173,8 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
         base = find_trained_base(facts, base_name)
         config = make_config(base, facts, getattr(found, "use_dora", None) is True)
         settings, wanted = plain(found), plain(config)
-        for key in wanted.keys() - {*MAY_DIFFER, "modules_to_save"}:
-            if settings.get(key) != wanted[key]:
+        for key, value in wanted.items():  # first of all the method
+            if settings.get(key) != value and key not in MAY_DIFFER:
                 raise ValueError(f"{key}={settings.get(key)!r} is not supported; use PEFT itself")
         adapter = wrap(base, config)
         own = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)  # "auto" asks the Hub

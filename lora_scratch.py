@@ -299,7 +299,7 @@ class Base:
 
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
     """The pretrained encoder in float32 with a new random head; InputError if they do not fit."""
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
     remedy = "name another with --model (playground.py: --base), or lower --max-length"
@@ -312,8 +312,9 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
-        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not pads_right:
-            raise ValueError("no encoder of up to 200 layers that pads at the right")
+        reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
+        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
+            raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
@@ -345,6 +346,7 @@ def fetch_base(name: str, revision: str | None) -> Path:
     return Path(folder)
 
 
+@torch.random.fork_rng([])  # as if no dropout were tried
 @torch.inference_mode()
 def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length: int) -> dict:
     """Digests of weights and words, and part of an answer, which other settings change."""
@@ -355,18 +357,19 @@ def identify(model: nn.Module, tokenizer: Callable, head: list[str], max_length:
             digest.update(parameter.contiguous().numpy())
             if not parameter.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinity in it")
-    ids = tokenizer([ODD])["input_ids"]
-    words = json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()
-    model.base_model(torch.full((1, max_length), len(tokenizer) - 1))  # can it read that?
-    answer = model.base_model(torch.tensor(ids)[:, : min(16, max_length)])[0][0, 0, :8]
+    numbers, ids = tokenizer.get_vocab(), tokenizer([ODD])["input_ids"]
+    words = json.dumps([sorted(numbers.items()), ids]).encode()
+    longest = torch.full((1, max_length), max(numbers.values()))
+    if not model.train()(longest).logits.isfinite().all():
+        raise ValueError("its answers are not finite")
+    answer = model.eval().base_model(torch.tensor(ids)[:, : min(16, max_length)])[0][0, 0, :8]
     found = {"fingerprint": digest.hexdigest(), "tokenizer": sha256(words).hexdigest()}
     return found | {"answer": answer.tolist()}
 
 
 def find_trained_base(facts: dict, base_name: str | None) -> Base:
     """The base of a checkpoint, now at `base_name`; InputError for another one."""
-    name = base_name or facts["base"]
-    revision = None if base_name else facts["revision"]
+    name, revision = (base_name, None) if base_name else (facts["base"], facts["revision"])
     base = load_base(name, revision, facts["label_names"], facts["max_length"])
     now, then = base.identity, base.identity | facts  # old files have no answer
     differs = [key for key in ("fingerprint", "tokenizer") if then[key] != now[key]]
@@ -423,11 +426,11 @@ class Tokens:
 
 
 def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
-    """The texts as token numbers, cut at `max_length`."""
+    """The texts as token numbers, cut at `max_length`; where a text has none, padding."""
     texts, ids, cut = list(texts), [], 0
     for start in range(0, len(texts), 1000):  # what a tokenizer returns is large
         found = tokenizer(texts[start : start + 1000], truncation=True, max_length=max_length)
-        ids += [numpy.array(one, dtype=numpy.int32) for one in found["input_ids"]]
+        ids += [numpy.array(one or [tokenizer.pad_token_id], dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
         note(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens; see --max-length")
@@ -628,7 +631,7 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
 def is_blank(text: str) -> bool:
     from unicodedata import category
 
-    return all(c.isspace() or category(c) == "Cf" for c in text)  # Cf: without width
+    return all(c.isspace() or category(c) in ("Cc", "Cf") for c in text)  # without width
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
@@ -754,8 +757,8 @@ def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Bas
 
 def read_tensors(path: str | Path) -> dict:
     """Tensors and plain values in a file of torch.save; code in it is never run."""
-    if damaged := ZipFile(path).testzip():  # torch.load checks no checksum
-        raise ValueError(f"{damaged} has changed")
+    if not Path(path).is_file() or ZipFile(path).testzip():  # torch.load checks no checksum
+        raise ValueError("no file, or damaged")  # a pipe would hang
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -824,18 +827,18 @@ class TrainingState:
 
     MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
+    MUST_MATCH += " base_config"
 
     def __init__(self, args: Namespace, model: nn.Module, facts: dict, record: dict, sets: tuple):
         self.args, self.model, self.record, self.sentences = args, model, record, len(sets[0])
         self.path = Path(f"{args.output}.state")
-        known = vars(args) | facts | {"precision": record["precision"]}
-        keys = [*self.MUST_MATCH.split(), *LORA_FACTS]
-        self.settings = {key: str(known.get(key)) for key in keys}
+        config = model.config.to_diff_dict() | {"transformers_version": ""}
+        known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
+        self.settings = {key: str(known.get(key)) for key in [*self.MUST_MATCH.split(), *LORA_FACTS]}
         for kind, part in zip(("training", "validation"), sets, strict=True):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
-        self.stopped, self.exit_code = False, 0
-        self.done = 0  # steps, when last saved
+        self.stopped, self.exit_code, self.done = False, 0, 0  # done: steps saved
 
     def begin(self, total_steps: int, steps_per_epoch: int, optimizer, scaler) -> int:
         """Make room for a state, which --resume loads; return the first step."""
@@ -864,17 +867,16 @@ class TrainingState:
             for key, now in self.settings.items():
                 if (then := state["settings"][key]) != now:
                     raise ValueError(f"{key} was {then!s:.60}, is now {now:.60}")
-            epochs = [*json.loads(state["epochs"])]
-            done, total = int(state["done"]), len(self.losses)
-            if not 0 < done <= total:
-                raise ValueError(f"step {done} of {total}")
+            self.record["epochs"] = [*json.loads(state["epochs"])]
+            self.done, total = int(state["done"]), len(self.losses)
+            if not 0 < self.done <= total:
+                raise ValueError(f"step {self.done} of {total}")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
             self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["generators"][0])
             if torch.cuda.is_initialized() and len(state["generators"]) > 1:
                 torch.cuda.set_rng_state(state["generators"][1])
-        self.record["epochs"], self.done = epochs, done
-        print(f"resumed after step {done}{': this run is finished' if done == total else ''}")
+        print(f"resumed after step {self.done}{': this run is finished' if self.done == total else ''}")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps, if all is finite."""
@@ -997,9 +999,8 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
         share = 100 * count / sum(counts.values())
         print(f"{part:12}{count:>12,} {share:6.2f} %  {details[part]}")
     counts["trained"] = sum(p.numel() for p in named.values() if p.requires_grad)
-    hardware = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
-    if parameter.is_cuda:
-        hardware = torch.cuda.get_device_name()
+    cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
+    hardware = torch.cuda.get_device_name() if parameter.is_cuda else cpu
     hardware += f", {torch.get_num_threads()} threads"
     precision = str(dtype).removeprefix("torch.")
     versions = {"python": sys.version.split()[0]}
@@ -1158,7 +1159,8 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """The flags, with the defaults that depend on --demo and on this folder."""
     args = parser.parse_args(argv)
     given = vars(args)
-    check_ranges(given)
+    with refusing("a flag is out of range", "see --help"):
+        check_ranges(given)
     for key, detail, hub in (("model", "revision", DISTILBERT), ("dataset", "dataset_config", GLUE)):
         default = DEMO[key] if args.demo else LOCAL[key] if Path(LOCAL[key]).is_dir() else hub[0]
         given[key] = given[key] or default
@@ -1175,7 +1177,7 @@ def check_ranges(settings: dict) -> None:
     for key, value in settings.items():
         low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
         if type(value) in (int, float) and not low <= value <= high:
-            raise InputError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+            raise ValueError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
@@ -1219,7 +1221,7 @@ def check_output(args: Namespace, is_file: bool) -> None:
                 if (data := old.get("data")) != seen_from(output, {"data": args.data})["data"]:
                     raise ValueError(f"it was made from {data or 'unknown data'}")
         is_strange = folder.is_dir() and any(folder.iterdir()) and not found and not args.overwrite
-        if is_strange or folder.is_dir() != os.path.lexists(folder):
+        if is_strange or folder.is_dir() != os.path.lexists(folder) or (folder / "config.json").exists():
             raise ValueError(f"{folder} is something else")
         for path in (*files[:2], folder / "config.json" if folder.is_dir() else folder):
             probe = path.resolve().with_name(f".{path.name}.{os.getpid()}")
@@ -1232,7 +1234,7 @@ HELD = contextlib.ExitStack()  # open files, whose locks hold outputs for this r
 
 def hold(output: Path) -> None:
     """Keep other runs on this machine away from an output, until this one ends."""
-    name = f"lora-{os.getuid()}-{sha256(bytes(output.resolve())).hexdigest()}"
+    name = f"lora-{os.getuid()}-{sha256(str(output.resolve()).encode()).hexdigest()}"
     with refusing(f"--output {output}: another run writes it", "wait, or name another place"):
         file = HELD.enter_context(open(Path("/tmp", name), "w"))  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

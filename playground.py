@@ -174,7 +174,8 @@ def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> I
 def probabilities(model: Model, texts: list[str]) -> tuple[torch.Tensor, dict]:
     """(texts, labels), in float32, and the texts as tokens."""
     encoded = model.base.tokenizer(texts, truncation=True, max_length=model.max_length)
-    ids = [numpy.array(numbers, dtype=numpy.int32) for numbers in encoded["input_ids"]]
+    nothing = [model.base.tokenizer.pad_token_id]  # as in tokenize
+    ids = [numpy.array(numbers or nothing, dtype=numpy.int32) for numbers in encoded["input_ids"]]
     tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
     found = predict(model.base.model, tokens, batch_size=32).softmax(dim=1)
     if not found.isfinite().all():
@@ -293,7 +294,8 @@ def translate_labels(model: Model, labels, args: Namespace):
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
     split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
     folders = args.file.resolve().parents[:2] if split == "training" else ()
-    if training_data(model).resolve() in (args.file.resolve(), *folders):
+    data = training_data(model)
+    if data.exists() and data.resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))

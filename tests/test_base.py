@@ -1,12 +1,13 @@
 """Base models: which are refused, and how a checkpoint recognises its own."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import lora_scratch
-from lora_scratch import load_base, load_checkpoint, predict
+from lora_scratch import load_base, load_checkpoint, predict, tokenize
 
 import pytest
 import torch
@@ -163,6 +164,10 @@ def with_nan(weights: dict) -> dict:
         (None, {"vocab_size": 20}, "word_embeddings"),
         (None, {"n_layers": 20_000}, "200"),
         (None, {"model_type": "nothing"}, "nothing"),
+        (None, {"attention_dropout": math.nan}, "dropout"),  # which shows in training alone
+        (None, {"seq_classif_dropout": math.nan}, "nan"),
+        (None, {"return_dict": False}, "logits"),
+        (None, {"initializer_range": 1e38}, "finite"),  # of the head
     ],
 )
 def test_a_base_whose_files_do_not_fit_is_refused(change, config, named, copied) -> None:
@@ -172,9 +177,40 @@ def test_a_base_whose_files_do_not_fit_is_refused(change, config, named, copied)
     refused(lambda: load(copied, 32), copied, named)
 
 
-def test_a_base_whose_tokenizer_has_more_words_is_refused(copied) -> None:
-    edit_json(copied / "tokenizer.json", lambda t: t["model"]["vocab"].update(more=99))
+def nothing_left(tokenizer: dict) -> None:
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": ""}
+
+
+TOKENIZERS = {
+    "more words": lambda t: t["model"]["vocab"].update(more=99),
+    "numbers beyond": lambda t: t["model"]["vocab"].update(film=99),
+    "no words": nothing_left,
+    "nothing at all": lambda t: t.update(nothing_left(t) or {"post_processor": None}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_base_whose_tokenizer_does_not_fit_is_refused(kind, copied) -> None:
+    edit_json(copied / "tokenizer.json", TOKENIZERS[kind])
     refused(lambda: load(copied, 32), copied)
+
+
+def test_a_text_of_which_nothing_is_left_is_padding(copied) -> None:
+    """Some tokenizers put nothing around a text, and drop an accent that stands alone."""
+    edit_json(copied / "tokenizer.json", lambda t: t.update(post_processor=None))
+    base = load(copied)
+    tokens = tokenize(["\u0301", "film"], base.tokenizer, 8)
+    assert tokens.lengths == [1, 1] and predict(base.model, tokens, 1).isfinite().all()
+
+
+def test_trying_a_base_leaves_the_seed_alone(copied) -> None:
+    """In training its dropout draws; what is drawn next follows from the seed and the head."""
+    torch.manual_seed(1)
+    load(copied)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(copied)
+    assert torch.equal(torch.rand(1), after)
 
 
 @pytest.mark.parametrize("config", [T5Config(num_layers=1, d_model=8), BartConfig(d_model=8)])

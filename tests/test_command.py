@@ -173,7 +173,7 @@ def crowded(tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytes
     return tmp_path
 
 
-ODD_NAMES = ["a" * 300, "a\0b"]
+ODD_NAMES = ["a" * 300, "a\0b", "a\udcff"]
 TAKEN = {
     lora_scratch: [
         *("reviews.pt", "link/reviews.pt", "data/../reviews.pt", "linked.pt", "data/train.pt", "base.pt"),

@@ -155,7 +155,7 @@ def test_a_wrong_fact_is_refused(key, small, adapter, tmp_path) -> None:
     for value in WRONG[key]:
         wrong = lambda facts, value=value: facts.update({key: value, "absolute": {}})  # noqa: E731
         path = changed(small.path, tmp_path, wrong)
-        refused(lambda path=path: load_checkpoint(path))
+        refused(lambda path=path: load_checkpoint(path), *[path] * (key in ("alpha", "dropout")))
         folder = rewritten(adapter, tmp_path, FACTS_FILE, wrong)
         refused(lambda folder=folder: load_adapter(folder))
 
@@ -183,11 +183,17 @@ def test_a_folder_with_a_missing_or_broken_file_is_refused(name, content, adapte
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("init_lora_weights", "pissa"), ("bias", "zzz"), ("target_modules", "("), ("r", 10**9)],
+    [
+        *(("init_lora_weights", "pissa"), ("bias", "zzz"), ("target_modules", "("), ("r", 10**9)),
+        *(("of_tomorrow", 1), ("peft_type", "PROMPT_TUNING"), ("runtime_config", {})),
+    ],
 )
-def test_settings_of_peft_that_are_not_written_here_are_refused(key, value, adapter, tmp_path) -> None:
+def test_settings_of_peft_that_are_not_written_here_are_refused(
+    key, value, adapter, tmp_path, recwarn
+) -> None:
     folder = rewritten(adapter, tmp_path, "adapter_config.json", lambda c: c.update({key: value}))
-    refused(lambda: load_adapter(folder), folder, key)
+    refused(lambda: load_adapter(folder), folder, *([] if key == "peft_type" else [key]))
+    assert recwarn.list == []
 
 
 # --- Training states
@@ -223,7 +229,8 @@ def test_a_broken_training_state_is_refused_in_one_line(kind, small, tmp_path, c
 
 
 def test_a_missing_renamed_or_cut_file_is_refused(small, tmp_path, recwarn) -> None:
-    for path in (tmp_path / "none.pt", tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "none.pt", tmp_path, tmp_path / "pipe.pt", Path("/dev/zero")):
         refused(lambda path=path: load_checkpoint(path), path)
     whole, path, state = small.path.read_bytes(), tmp_path / "a.pt", tmp_path / "a.pt.state"
     for content in (b"a renamed text", b"", whole[:-1], whole[:-200], whole[: len(whole) // 2]):

@@ -111,7 +111,7 @@ def test_other_settings_are_refused_by_name(flag, stopped, tmp_path) -> None:
     assert not (tmp_path / "a.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["training data", "validation data", "fingerprint"])
+@pytest.mark.parametrize("kind", ["training data", "validation data", "fingerprint", "base_config"])
 def test_other_data_or_another_base_under_the_same_name_is_refused(
     kind, stopped, tiny_base, tiny_data, tmp_path
 ) -> None:
@@ -121,6 +121,9 @@ def test_other_data_or_another_base_under_the_same_name_is_refused(
         weights = load_file(base / "model.safetensors")
         weights["embeddings.LayerNorm.bias"] += 1e-3
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    elif kind == "base_config":  # with the same weights and answers
+        config = (base / "config.json").read_text("utf-8")
+        (base / "config.json").write_text(config.replace('"dropout": 0.1', '"dropout": 0.2'), "utf-8")
     else:
         table = data / ("train.tsv" if kind == "training data" else "dev.tsv")
         table.write_text(table.read_text("utf-8").replace("\t1\n", "\t0\n", 1), "utf-8")

@@ -218,7 +218,7 @@ def test_numbers_of_parquet_keep_their_digits(tmp_path: Path) -> None:
         assert read(tmp_path / "a.parquet") == [["a", expected[0]], ["b", expected[1]]]
 
 
-BLANKS = ["", " \u3000 ", None, {}, "\u200b", "\ufeff\u200d ", " \u2060\xad\u200b\t"]
+BLANKS = ["", " \u3000 ", None, {}, "\u200b", "\ufeff\u200d ", " \u2060\xad\u200b\t\x01"]
 
 
 def test_rows_without_a_text_are_left_out_with_a_note(tmp_path: Path, capsys) -> None:
