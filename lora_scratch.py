@@ -88,9 +88,13 @@ class LoRALinear(nn.Module):
         return merged
 
 
-# The query and value projections, as in section 4.2 of the paper
-DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"]}
-DEFAULT_TARGETS |= {name: ["query", "value"] for name in ("bert", "roberta", "electra")}
+DEFAULT_TARGETS = {  # the query and value projections, as in section 4.2 of the paper
+    "distilbert": ["q_lin", "v_lin"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "electra": ["query", "value"],
+    "mpnet": ["q", "v"],
+}
 
 
 def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
@@ -162,9 +166,8 @@ def train(
             # ---- one step of training ----
             optimizer.param_groups[0]["lr"] = args.lr * warmup_then_decay(step, total_steps, args.warmup)
             with autocast(model):  # in the type of the frozen base
-                output = network(**inputs, output_hidden_states=args.contrast > 0)
-            loss = weight * F.cross_entropy(output.logits.float(), labels, reduction="sum")
-            loss += args.contrast * contrast(output.hidden_states[-1], labels) if args.contrast else 0
+                logits = network(**inputs).logits  # (sentences, labels)
+            loss = weight * F.cross_entropy(logits.float(), labels, reduction="sum")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
@@ -183,19 +186,6 @@ def train(
                 state.save(done)
             if state.stopped:
                 break
-
-
-def contrast(hidden: Tensor, labels: Tensor) -> Tensor:
-    """How unlike the others of its label a sentence is (SupCon, arXiv:2004.11362, equation 2).
-
-    hidden (sentences, tokens, width) → the mean of -log (exp(s_ij / 0.1) / Σ_k exp(s_ik / 0.1)) over the
-    j of i's label, then over the i that have one. s: cosine similarity of [CLS]; j and k are not i.
-    """
-    unit, itself = F.normalize(hidden[:, 0].float(), dim=1), torch.eye(len(labels), device=labels.device)
-    logs = F.log_softmax(unit @ unit.T / 0.1 - 1e9 * itself, dim=1)  # (sentences, sentences)
-    partners = (labels[:, None] == labels).float() - itself  # 1 where the label is the same
-    shares = partners / partners.sum(dim=1, keepdim=True).clamp(min=1)  # each row's sum is 1 or 0
-    return -(shares * logs).sum() / shares.sum().clamp(min=1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -525,7 +515,7 @@ def read_file(path: Path) -> DataFrame:
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     with refusing(f"{path}: cannot be read", f"correct it or give another: {listed(FORMATS)}"):
         if not is_table(path) or not (path.is_file() or path.is_dir()):  # a pipe can hang
-            raise ValueError("no table")
+            raise ValueError("no table" if path.exists() else "there is no such file")
         if kind == "parquet":  # or Spark's folder
             table = as_frame(parquet.read_table(path))
         elif kind == "xlsx":
@@ -605,9 +595,12 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
     columns = text, label
     text = text or choose_column(where, table, "text", taken=label)
     label = label or choose_column(where, table, "label", taken=text)
-    others = listed([name for name in table if name not in ("", text, label)]) or "nothing"
-    if columns != (text, label) and (text, label, others) != ("sentence", "label", "nothing"):
-        note(f"{where}: {text!r} is the text, {label!r} the label; not read: {others}")
+    if text == label:
+        raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
+    others = listed([name for name in table if name not in ("", text, label)])
+    if columns != (text, label) and (text, label, others) != ("sentence", "label", ""):
+        unread = f"; not read: {others}" if others else ""
+        note(f"{where}: {text!r} is the text, {label!r} the label{unread}")
     return text, label
 
 
@@ -825,7 +818,7 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs beside seed and step."""
 
-    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
+    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
     MUST_MATCH += " base_config"
 
@@ -1120,8 +1113,8 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--revision", help="of a model of the Hub (pinned for DistilBERT)")
     add("--dataset", help=f"file, folder or Hub name ({LOCAL['dataset']}, else {GLUE[0]})")
     add("--dataset-config", help=f"of a data set of the Hub ({GLUE[1]} of {GLUE[0]})")
-    add("--text-column", help="(sentence, text, ... or the one of long texts)")
-    add("--label-column", help="(label, class, ... or the one of few values)")
+    add("--text-column", help="(sentence, text, review, ... or, of two, the longer)")
+    add("--label-column", help="(label, class, stars, ... or, of two, the other)")
     add("--label-names", nargs="+", help="names of integer labels, in order")
     add("--train-samples", type=int, help="so many random rows (all)")
     add("--max-length", type=int, default=128, help="tokens; longer text is cut (128)")
@@ -1141,7 +1134,6 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
     add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
     add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
-    add("--contrast", type=float, default=0.0, help="weight of a term for few rows, such as 1 (0)")
     add("--seed", type=int, default=42, help="of all randomness (42)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")

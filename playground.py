@@ -31,7 +31,7 @@ from typing import NamedTuple
 # isort: off
 from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
 from lora_scratch import FORMATS, GLUE, SPLITS, choose_column, find_columns, load_tables, read_file, read_rows
-from lora_scratch import is_blank, is_table, listed, note, report_labels, score, visible
+from lora_scratch import hold, is_blank, is_table, listed, note, report_labels, score, visible
 from lora_scratch import InputError, Parser, refusing, run, use_cache_if_offline, write_file, write_folder
 
 # isort: on
@@ -598,6 +598,8 @@ def check_flags(args: Namespace) -> str | None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.touch(exist_ok=False)
             args.output.unlink()
+    for path in filter(None, (args.output, args.glue, args.export)):
+        hold(path)
     is_submission = args.glue and args.glue.is_file() and args.glue.read_bytes().startswith(b"index\tpred")
     if args.glue and args.glue.exists() and not is_submission:
         raise InputError(f"--glue {args.glue} already exists; name a new file")

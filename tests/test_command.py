@@ -54,7 +54,7 @@ PUBLISHED = {"recipe": "published", "targets": None, "lr": 2e-4, "epochs": 3, "m
 @pytest.mark.parametrize(
     ("more", "rows", "labels", "expected"),
     [
-        (MINE, 100, 2, OWN | {"max_steps": 400, "contrast": 0}),
+        (MINE, 100, 2, OWN | {"max_steps": 400}),
         (MINE, 2200, 2, OWN | {"epochs": 3, "max_steps": None}),
         (MINE, 20_000, 19, OWN | {"epochs": 1, "max_steps": None}),
         (MINE, 20_000, 20, OWN | {"lr": 2e-3}),

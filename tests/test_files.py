@@ -153,7 +153,8 @@ WRONG = {  # what would make another model, or none
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_fact_is_refused(key, small, adapter, tmp_path) -> None:
     for value in WRONG[key]:
-        wrong = lambda facts, value=value: facts.update({key: value, "absolute": {}})  # noqa: E731
+        alone = {"absolute": {}} if key == "base" else {}
+        wrong = lambda facts, more=alone | {key: value}: facts.update(more)  # noqa: E731
         path = changed(small.path, tmp_path, wrong)
         refused(lambda path=path: load_checkpoint(path), *[path] * (key in ("alpha", "dropout")))
         folder = rewritten(adapter, tmp_path, FACTS_FILE, wrong)
@@ -242,7 +243,7 @@ def test_a_missing_renamed_or_cut_file_is_refused(small, tmp_path, recwarn) -> N
     for content in ([1, 2, 3], torch.ones(3), {"hello": 1}, *without):
         torch.save(content, path)
         refused(lambda: load_checkpoint(path), path)
-    assert recwarn.list == []  # one line, and nothing of PyTorch's
+    assert {one.category for one in recwarn.list} <= {ResourceWarning}  # one line, and nothing of PyTorch's
 
 
 class Malicious:

@@ -275,38 +275,6 @@ def test_logits_and_gradients_equal_pefts(tiny_base, settings) -> None:
         assert other.grad.any() and torch.allclose(one.grad, other.grad, rtol=0, atol=1e-6), name
 
 
-# --- The contrastive term
-
-
-def plain_contrast(rows: list[list[float]], labels: list[int]) -> float:
-    """Equation 2 of arXiv:2004.11362 sentence by sentence, over those that have a partner."""
-
-    def likeness(i: int, j: int) -> float:
-        product = math.fsum(a * b for a, b in zip(rows[i], rows[j], strict=True))
-        return math.exp(product / math.hypot(*rows[i]) / math.hypot(*rows[j]) / 0.1)
-
-    terms = []
-    for i, label in enumerate(labels):
-        others = [j for j in range(len(labels)) if j != i]
-        total = math.fsum(likeness(i, j) for j in others)
-        logs = [math.log(likeness(i, j) / total) for j in others if labels[j] == label]
-        terms += [-math.fsum(logs) / len(logs)] if logs else []
-    return math.fsum(terms) / max(1, len(terms))
-
-
-@pytest.mark.parametrize(
-    ("labels", "learns"), [([0, 1, 0, 1, 1], True), ([0, 1, 0, 2, 3], True), ([0, 1, 2], False), ([0], False)]
-)
-def test_the_contrastive_term_is_its_formula_and_moves_cls_alone(labels, learns) -> None:
-    torch.manual_seed(0)
-    hidden = (3 * torch.randn(len(labels), 3, 7)).requires_grad_()
-    term = lora_scratch.contrast(hidden, torch.tensor(labels))
-    assert term.item() == pytest.approx(plain_contrast(hidden[:, 0].tolist(), labels), abs=1e-5)
-    term.backward()
-    assert hidden.grad.isfinite().all() and not hidden.grad[:, 1:].any()
-    assert hidden.grad[:, 0].any().item() is learns
-
-
 # --- Answers
 
 

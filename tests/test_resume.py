@@ -63,7 +63,7 @@ def test_a_stopped_run_ends_in_the_same_bits(
 ) -> None:
     former = signal.signal(number, signal.default_int_handler)  # nohup ignores one
     outputs = [output_of(script, tmp_path / name) for name in ("whole", "stopped")]
-    more = ["--epochs", 5, "--lr", 0.01, "--contrast", moment % 2, "--output"]
+    more = ["--epochs", 5, "--lr", 0.01, "--output"]
     whole, stopped = (flags(tiny_base, tiny_data, *more, output) for output in outputs)
     assert script.main(whole) is None
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def test_what_changes_no_training_may_change(stopped, tiny_base, tiny_data, tmp_
     assert same_bits(tmp_path / "a.pt", tmp_path / "whole.pt")
 
 
-OTHER = "lr=0.1 seed=7 r=4 alpha=8 dropout=0 warmup=0.1 weight-decay=0 max-grad-norm=0 max-steps=5 contrast=1"
+OTHER = "lr=0.1 seed=7 r=4 alpha=8 dropout=0 warmup=0.1 weight-decay=0 max-grad-norm=0 max-steps=5"
 OTHER += " batch-size=8 max-length=64 precision=bf16 targets=k_lin use-rslora freeze-head"
 
 

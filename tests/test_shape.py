@@ -10,21 +10,20 @@ ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "lora_scratch.py").read_text(encoding="utf-8")
 PLUMBING, FENCE, REST = "# === PLUMBING", "# ---- one step of training ----", "# ---- the rest"
 # What each statement of the step assigns or calls, in their order
-STEP = ["optimizer.param_groups[0]['lr']", "autocast", "output", "loss"]
-STEP += ["loss += args.contrast * contrast(output.hidden_states[-1], labels) if args.contrast else 0"]
-STEP += ["backward", "unscale_", "clip_grad_norm_", "step", "update", "zero_grad"]
-STORY_LINES, TRAIN_LINES, WIDTH = 285, 50, 110
+STEP = ["optimizer.param_groups[0]['lr']", "autocast", "logits", "loss", "backward", "unscale_"]
+STEP += ["clip_grad_norm_", "step", "update", "zero_grad"]
+STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
     "lora_scratch.py": 1400,
     "lora_peft.py": 240,
-    "playground.py": 625,
+    "playground.py": 635,
     "setup.sh": 90,
     "README.md": 200,
     "tests/**/*.py": 7100,
     "tests/*.py": 5600,  # the tests and conftest.py
 }
 MOST_BYTES, MOST_DEFINITIONS = 75_000, 98  # of lora_scratch.py
-MEAN = {"lora_scratch.py": 64, "lora_peft.py": 60, "playground.py": 60}  # characters; the goal is 60
+MEAN = {"lora_scratch.py": 64, "lora_peft.py": 61, "playground.py": 60}  # characters; the goal is 60
 
 
 # --- The story

@@ -261,7 +261,6 @@ FINE_JSON = objects(*({"sentence": f"film {i}", "label": i % 2} for i in range(4
         ("no_text.tsv", FINE_TSV.encode() + b"caf\xe9\0\t1\n", ""),
         ("half.tsv", FINE_TSV.encode("utf-16")[:-1], ""),
         ("a.parquet", b"PAR1 and then nothing PAR1", ""),
-        ("stray_and_more.csv", FINE_CSV + '"b" c,0\n"d, e",0\n', "line 43"),
         ("cut.csv.gz", gzip.compress(FINE_CSV.encode())[:-20], ""),
         ("a.xlsx", b"PK\x03\x04" + bytes(50), "openpyxl" if find_spec("openpyxl") is None else ""),
         ("bytes.csv", bytes(range(1, 256)) * 9, ""),
