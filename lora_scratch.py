@@ -40,7 +40,6 @@ if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a b
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if not all(map(find_spec, ("torch", "transformers", "datasets"))):
     ArgumentParser().exit(2, "error: packages missing; run ./setup.sh, then source .venv/bin/activate\n")
-import huggingface_hub
 import numpy
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,7 @@ from torch import distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# === The method =====================================================
+# === The method ===============================
 
 
 class LoRALinear(nn.Module):
@@ -136,7 +135,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-# === Training =======================================================
+# === Training =================================
 
 
 def train(
@@ -241,7 +240,7 @@ def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, 
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-# === The run ========================================================
+# === The run ==================================
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -249,7 +248,7 @@ def main(argv: list[str] | None = None) -> int | None:
     check_output(args, is_file=True)
     device, dtype = prepare_machine(args)
     train_rows, eval_rows, about = load_tables(args)
-    args = choose_recipe(args, len(train_rows), len(about["labels"]))  # the rest follows the data
+    args = choose_recipe(args, len(train_rows), len(about["labels"]))  # rate, steps, targets
     base = load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
@@ -273,9 +272,9 @@ def main(argv: list[str] | None = None) -> int | None:
     finish(args, record, confusion, about["label_names"])
 
 
-# === PLUMBING: what a tool needs and the idea does not ==============
+# === PLUMBING: what a tool needs and the idea does not ===
 
-# --- The base model -------------------------------------------------
+# --- The base model ---------------------------
 
 
 @dataclass
@@ -288,7 +287,7 @@ class Base:
 
 
 def load_base(name: str, revision: str | None, label_names: list[str], max_length: int) -> Base:
-    """The pretrained encoder in float32 with a new random head; InputError if they do not fit."""
+    """The encoder in float32 with a new random head; InputError if it does not fit."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
@@ -327,10 +326,13 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
 
 def fetch_base(name: str, revision: str | None) -> Path:
     """The folder of a commit in the Hub's cache; a request is made only for what it lacks."""
+    from huggingface_hub import snapshot_download
+
     use_cache_if_offline()
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         files = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.codes", weights]}
-        folder = huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns="*/*", **files)
+        files["ignore_patterns"] = "*/*"
+        folder = snapshot_download(name, revision=revision, **files)
         if any(Path(folder).glob(weights)):
             break
     return Path(folder)
@@ -370,10 +372,10 @@ def find_trained_base(facts: dict, base_name: str | None) -> Base:
 
 
 def use_cache_if_offline() -> None:
-    """Let the first request, if any, ask for 5 seconds; else each tries for half a minute."""
+    """Let the first request ask for 5 seconds; else each tries half a minute."""
     from multiprocessing.pool import ThreadPool  # to look up a name obeys no timeout
 
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants, set_client_factory, utils
 
     def connect():
         client, answer = utils._http.default_client_factory(), None
@@ -385,7 +387,7 @@ def use_cache_if_offline() -> None:
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks, too
     utils.logging.set_verbosity_error()  # a refusal is one line
-    huggingface_hub.set_client_factory(connect)
+    set_client_factory(connect)
 
 
 def last_name(path: str) -> str:
@@ -393,7 +395,7 @@ def last_name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-# --- Tables ---------------------------------------------------------
+# --- Tables -----------------------------------
 
 DataFrame = "pandas.DataFrame"  # in annotations; to import it takes half a second
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
@@ -416,7 +418,7 @@ class Tokens:
 
 
 def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
-    """The texts as token numbers, cut at `max_length`; where a text has none, padding."""
+    """The texts as token numbers, cut at `max_length`; at least padding."""
     texts, ids, cut = list(texts), [], 0
     for start in range(0, len(texts), 1000):  # what a tokenizer returns is large
         found = tokenizer(texts[start : start + 1000], truncation=True, max_length=max_length)
@@ -691,10 +693,10 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
     return {"labels": labels, "label_names": names, "text_column": text, "label_column": label}
 
 
-# --- Checkpoints ----------------------------------------------------
+# --- Checkpoints ------------------------------
 
 FORMAT = 1  # of every file; a reader refuses another number
-PLACES = {"base", "data"}  # a path, in a file as seen from its folder; or a name of the Hub
+PLACES = {"base", "data"}  # paths, or names of the Hub
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
@@ -706,14 +708,14 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts to write into `path`: what is here is named as seen from there, and absolutely."""
+    """Facts for the file `path`: places as seen from there, and absolutely."""
     here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
     return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
 
 
 def seen_from_here(path: Path, facts: dict) -> dict:
-    """The facts of `path`, with the names of what is there, or was, as seen from here."""
+    """The facts of the file `path`, with places as seen from here."""
     for key, there in facts.get("absolute", {}).items():
         near = os.path.normpath(path.parent / facts[key])
         facts = facts | {key: next(filter(os.path.exists, (near, there)), facts[key])}
@@ -799,7 +801,7 @@ def write_file(path: Path, write: Callable) -> None:
 
 
 def write_folder(path: Path, write: Callable, last: str = "") -> None:
-    """Let `write` fill a temporary folder, then move its files, the one named `last` last."""
+    """Let `write` fill a temporary folder, then move its files, `last` last."""
     temporary = path.resolve().with_name(f".{path.name}.tmp")
     with refusing(f"cannot write {path}", "make room or name another place"):
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
@@ -812,11 +814,11 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-# --- Resuming -------------------------------------------------------
+# --- Resuming ---------------------------------
 
 
 class TrainingState:
-    """A training's progress, printed, and a file of what --resume needs beside seed and step."""
+    """A training's progress, printed, and a file of what --resume needs."""
 
     MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
@@ -846,7 +848,7 @@ class TrainingState:
         if self.args.resume and self.path.exists():
             self.load()
         elif self.args.resume:
-            print(f"no training state {self.path} yet: starting from the beginning")
+            print(f"no state {self.path} yet: this is the start")
         self.epoch_start, self.clock = self.done, time.perf_counter()
         is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
         silent = bool(is_notebook or rank_and_size()[0]) or None  # None: without a terminal
@@ -869,7 +871,7 @@ class TrainingState:
             torch.set_rng_state(state["generators"][0])
             if torch.cuda.is_initialized() and len(state["generators"]) > 1:
                 torch.cuda.set_rng_state(state["generators"][1])
-        print(f"resumed after step {self.done}{': this run is finished' if self.done == total else ''}")
+        print(f"resumed after step {self.done} of {total}")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps, if all is finite."""
@@ -942,7 +944,7 @@ class TrainingState:
         return rank == 0 and not self.stopped
 
 
-# --- Several processes ----------------------------------------------
+# --- Several processes ------------------------
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -975,11 +977,11 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     return numbers
 
 
-# --- What a run says and writes -------------------------------------
+# --- What a run says and writes ---------------
 
 
 def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
-    """Print what is trained, on which base and machine, and begin the run's record."""
+    """Print what is trained and where, and begin the run's record."""
     layers = ", ".join(sorted(set(map(last_name, wrapped))))
     details = {"lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"}
     details["head"] = "frozen at its random start" if args.freeze_head else "trained"
@@ -1076,7 +1078,7 @@ def beside(output: Path, ending: str) -> Path:
     return output.with_name(output.name.removesuffix(".pt") + ending)
 
 
-# --- Flags and the machine ------------------------------------------
+# --- Flags and the machine --------------------
 
 GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # its revision last
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
@@ -1196,7 +1198,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
 
 def check_output(args: Namespace, is_file: bool) -> None:
     """Hold the place of the result; refuse what cannot be written, or other work there."""
-    output, remedy = args.output, "name another place, or replace it with --overwrite"
+    output, remedy = args.output, "name another, or add --overwrite"
     with refusing(f"--output {visible(output)}: cannot write there", remedy):
         if is_file and output.suffix != ".pt":
             raise ValueError("it does not end in .pt")
@@ -1233,7 +1235,7 @@ def hold(output: Path) -> None:
 
 
 def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type to compute in; sets threads and seed, joins torchrun's group."""
+    """Device and type to compute in; sets threads and seed, joins torchrun."""
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     if not has_gpu and (args.device == "cuda" or args.precision == "fp16"):
         asked = f"--device {args.device} --precision {args.precision}"
@@ -1258,7 +1260,7 @@ def quick_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_quick else torch.float32
 
 
-# --- Mistakes -------------------------------------------------------
+# --- Mistakes ---------------------------------
 
 
 class InputError(ValueError):
@@ -1279,7 +1281,7 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 
 
 def visible(value: object, width: int = 200) -> str:
-    """Text on one line of a terminal, without what moves the cursor or turns the order."""
+    """Text for one line of a terminal, harmless to cursor and order."""
     from unicodedata import category
 
     text = str(value) if len(str(value)) <= width else f"{str(value)[: width - 1]}…"
@@ -1329,7 +1331,7 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(2)
 
 
-# --- Faster ---------------------------------------------------------
+# --- Faster -----------------------------------
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:

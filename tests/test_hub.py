@@ -97,7 +97,7 @@ def test_the_commit_that_was_used_stands_in_the_file(place: Place) -> None:
 
 def test_what_is_whole_in_the_cache_is_not_asked_for(place: Place) -> None:
     with place.hub.broken(None):
-        question = place.ask()
+        question = place.ask("--model", PEFT)
         finished(place.start("playground", "--model", SCRATCH, "--glue", "SST-2.tsv"))
         assert finished(question).count("LoRA_peft") == 2
         assert place.hub.requests == []
