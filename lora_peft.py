@@ -130,17 +130,15 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = machine = prepare_machine(args)
     train_rows, eval_rows, about = load_tables(args)
     args = choose_recipe(args, len(train_rows), len(about["labels"]))
-    unseen, parts = cross_validate(fit, args, machine, about, train_rows) if args.folds else (None, [])
+    unseen = cross_validate(fit, args, machine, about, train_rows) if args.folds else None
 
     base, state = fit(args, machine, about, train_rows, eval_rows)
-    logits = predict(state.model, state.eval_set, 32) if unseen is None else unseen
-    rows = train_rows if args.folds else eval_rows
-    state.record |= {"temperature": calibrate(state.model, logits, rows["label"]), "parts": parts}
+    rows, logits = unseen or (eval_rows, predict(state.model, state.eval_set, 32))
+    state.record["temperature"] = calibrate(state.model, logits, rows["label"])
     save_adapter(args.output, base, state.facts | {"record": state.record})
     reloaded, _ = load_adapter(args.output)
-    if unseen is None:
-        logits = predict(speed_up(reloaded, dtype).to(device), state.eval_set, 32)
-    finish(args, state.record, logits, rows, about["label_names"])
+    model = speed_up(reloaded, dtype).to(device)
+    finish(args, state.record, about, *(unseen or (eval_rows, predict(model, state.eval_set, 32))))
 
 
 # === Files ==========================================================

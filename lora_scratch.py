@@ -136,10 +136,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def train(
     model: nn.Module, train_set: Tokens, eval_set: Tokens, args: Namespace, state: TrainingState
 ) -> None:
-    """Train what requires a gradient on tokenised sentences, from the step where `state` stands.
-
-    `state` collects the loss of every step and a record of every epoch, and saves them for --resume.
-    """
+    """Train what requires a gradient, from the step where `state` stands, which keeps all results."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
@@ -184,16 +181,20 @@ def train(
 
 
 def contrast(output, labels: Tensor) -> Tensor:
-    """How unlike sentences of one label are to the model: SupCon (arXiv:2004.11362, equation 2).
+    """How unlike sentences of one label look to the model: SupCon (arXiv:2004.11362, equation 2).
 
-    The sum over sentences i of the mean, over the j of i's label, of
-    -log (exp(s_ij / 0.1) / Σ_k exp(s_ik / 0.1)); s: cosine similarity of [CLS]; j and k are not i.
+    The sum over sentences i of the mean, over the j of i's label, of -log (e^s_ij / Σ_k e^s_ik).
+    s: cosine similarity of [CLS] / 0.1; j and k are not i. It counts as the labels are learnt, wholly
+    from half of chance's cross-entropy on: alone it learns nothing where all [CLS] are alike.
     """
     cls = F.normalize(output.hidden_states[-1][:, 0].float(), dim=1)  # (sentences, width)
     itself = torch.eye(len(labels), device=labels.device)
-    logs = F.log_softmax(cls @ cls.T / 0.1 - 1e9 * itself, dim=1)  # (sentences, sentences)
+    logs = F.log_softmax(10 * cls @ cls.T - 1e9 * itself, dim=1)  # (sentences, sentences)
     partners = (labels[:, None] == labels).float() - itself  # 1 where the label is the same
-    return -(partners * logs).sum(dim=1).div(partners.sum(dim=1).clamp(min=1)).sum()
+    mean = (partners * logs).sum(dim=1) / partners.sum(dim=1).clamp(min=1)
+    chance = math.log(output.logits.shape[1])
+    learnt = 1 - F.cross_entropy(output.logits.detach().float(), labels) / chance
+    return -mean.sum() * (2 * learnt).clamp(0, 1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -269,18 +270,16 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = machine = prepare_machine(args)
     train_rows, eval_rows, about = load_tables(args)
     args = choose_recipe(args, len(train_rows), len(about["labels"]))  # rate, steps, targets
-    unseen, parts = cross_validate(fit, args, machine, about, train_rows) if args.folds else (None, [])
+    unseen = cross_validate(fit, args, machine, about, train_rows) if args.folds else None
 
     base, state = fit(args, machine, about, train_rows, eval_rows)
-    logits = predict(state.model, state.eval_set, 32) if unseen is None else unseen
-    rows = train_rows if args.folds else eval_rows
-    state.record |= {"temperature": calibrate(state.model, logits, rows["label"]), "parts": parts}
+    rows, logits = unseen or (eval_rows, predict(state.model, state.eval_set, 32))
+    state.record["temperature"] = calibrate(state.model, logits, rows["label"])
     tensors = tensors_to_save(state.model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, state.facts | {"record": state.record}, base.tokenizer)
-    reloaded, _ = load_checkpoint(args.output)
-    if unseen is None:  # what is judged is the file
-        logits = predict(speed_up(reloaded, dtype).to(device), state.eval_set, 32)
-    finish(args, state.record, logits, rows, about["label_names"])
+    reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
+    model = speed_up(reloaded, dtype).to(device)
+    finish(args, state.record, about, *(unseen or (eval_rows, predict(model, state.eval_set, 32))))
 
 
 # === PLUMBING: what a tool needs and the idea does not ===
@@ -447,19 +446,16 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
     note_surprises(where, train, held)
     numbers = {label: number for number, label in enumerate(about["labels"])}
     train, held = (part.assign(label=part["label"].map(numbers)) for part in (train, held))
-    generator = torch.Generator().manual_seed(args.seed)
-    train = train.iloc[torch.randperm(len(train), generator=generator).numpy()]
+    train = train.sample(frac=1, random_state=args.seed)[: args.train_samples]
     if held.empty and not args.folds:
         is_sure = train.groupby("text")["label"].transform("nunique") == 1
         is_sure &= train.groupby("label")["text"].transform("nunique") > 1  # else its only text
         is_held = train["text"].isin(draw_texts(train[is_sure], args.seed, every=10))
         train, held = train[~is_held], train[is_held]
-        held = held[: math.ceil(args.train_samples / 9)] if args.train_samples else held
         if held.empty:
             raise InputError(f"{where}: too few texts to hold any out; give a validation split")
         print(f"{visible(where)}: {len(held):,} rows are held out by seed")
-    train = train[: args.train_samples] if args.train_samples else train.sort_index()
-    return train, held.sort_index(), about
+    return train.sort_index(), held.sort_index(), about
 
 
 def draw_texts(rows: DataFrame, seed: int, every: int, first: int = 0) -> list[str]:
@@ -472,20 +468,20 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     """The splits of a file, a folder or a data set of the Hub."""
     import pandas
 
-    path, files, tables = Path(args.dataset), {}, {}
+    path, files, tables = Path(args.data), {}, {}
     if path.is_file() or is_table(path):
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
         return load_data_set(args, is_saved)
-    for folder in (path / (args.dataset_config or "."), path, path / "data"):
-        for file in [] if files else filter(is_table, sorted(folder.glob("*"))):
-            if split := SPLITS.get(re.split("[-.]", file.name.lower())[0]):
-                files.setdefault(split, []).append(file)
+    for file in filter(is_table, sorted([*path.glob("*"), *path.glob("data/*")])):
+        if split := SPLITS.get(re.split("[-.]", file.name.lower())[0]):
+            files.setdefault(split, []).append(file)
     for split, parts in files.items():
         names = [part.name for part in parts]
-        counts = re.findall(r"-of-0*(\d+)", " ".join(names)) or ["1"]  # train-00000-of-00002.parquet
-        if {*counts} != {str(len(parts))}:
+        found = re.findall(r"-\d+-of-\d+", " ".join(names))  # train-00000-of-00002.parquet
+        whole = [f"-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
+        if found != whole and (found or len(parts) > 1):
             raise InputError(f"{path}: not one file, or all parts of it: {listed(names)}")
         tables[split] = pandas.concat(map(read_file, parts), ignore_index=True)
     return tables
@@ -501,7 +497,7 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
     datasets.disable_progress_bars()
     with refusing(f"cannot load the data set {args.dataset!r}", WITHOUT_HUB):
         if is_saved:
-            data = datasets.load_from_disk(args.dataset)
+            data = datasets.load_from_disk(args.data)
         else:
             pinned = GLUE[2] if args.dataset == GLUE[0] else None
             data = datasets.load_dataset(args.dataset, args.dataset_config, revision=pinned)
@@ -594,7 +590,6 @@ def as_frame(table) -> DataFrame:
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
     frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
@@ -716,15 +711,16 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts for the file `path`: the places of base and data as seen from its folder."""
+    """Facts for the file `path`: files and folders as seen from its own, with a dot in front."""
     here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
-    return facts | {key: os.path.relpath(name, path.parent) for key, name in here.items()}
+    near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
+    return facts | {key: name if name[0] == "." else f"./{name}" for key, name in near.items()}
 
 
 def seen_from_here(path: Path, facts: dict) -> dict:
-    """The facts of the file `path`, with places as seen from here."""
-    near = {key: os.path.normpath(path.parent / facts[key]) for key in PLACES if facts.get(key)}
-    return facts | {key: place for key, place in near.items() if os.path.exists(place)}
+    """The facts of the file `path`, with its files and folders as seen from here."""
+    near = [key for key in PLACES if facts.get(key, "").startswith(".")]
+    return facts | {key: os.path.normpath(path.parent / facts[key]) for key in near}
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
@@ -974,8 +970,8 @@ def sum_over_processes(*tensors: Tensor) -> Tensor:
 # --- Folds ------------------------------------
 
 
-def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -> tuple[Tensor, list]:
-    """Logits (rows, labels) for every row by a model that has not seen its text, and all scores.
+def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -> tuple:
+    """The rows, and logits (rows, labels) for each by a model that has not seen its text.
 
     Each of --folds parts is answered by a model of the others. First comes a training on half of the
     texts: would more rows help? --resume finds the states of all these trainings.
@@ -983,7 +979,7 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
     if (texts := rows["text"].nunique()) < args.folds:
         raise InputError(f"--folds {args.folds}: there are only {texts} texts; give more")
     logits, labels = torch.zeros(len(rows), len(about["labels"])), torch.tensor([*rows["label"]])
-    scores = []
+    rows.attrs["parts"] = []
     for number in range(args.folds + 1):
         every = args.folds if number else 2
         held = rows["text"].isin(draw_texts(rows, args.seed, every, number % every)).tolist()
@@ -992,9 +988,10 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
         with contextlib.redirect_stdout(None):
             _, state = fit(own, machine, about, rows[seen], rows[held])
         logits[held] = predict(state.model, state.eval_set, 32)
-        scores.append({"rows": sum(seen)} | score(count_answers(logits[held], labels[held])))
-        print(f"trained on {sum(seen):,} rows, asked the others: {scores[-1]['text']}", flush=True)
-    return logits, scores
+        result = {"rows": sum(seen)} | score(count_answers(logits[held], labels[held]))
+        rows.attrs["parts"].append(result)
+        print(f"trained on {sum(seen):,} rows, asked the others: {result['text']}", flush=True)
+    return rows, logits
 
 
 # --- What a run says and writes ---------------
@@ -1085,10 +1082,11 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
     return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{result['text']}, {interval}"
 
 
-def finish(args: Namespace, record: dict, logits: Tensor, rows: DataFrame, names: list) -> None:
+def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: Tensor) -> None:
     """Write the record, and print what came out: logits (rows, labels) answer unseen rows."""
     from shlex import join
 
+    names, record["parts"] = about["label_names"], rows.attrs.get("parts")
     files = [args.output] if args.output.is_file() else args.output.glob("adapter_*")
     confusion = count_answers(logits, torch.tensor([*rows["label"]]))
     result, size = score(confusion), sum(file.stat().st_size for file in files)
@@ -1105,6 +1103,9 @@ def finish(args: Namespace, record: dict, logits: Tensor, rows: DataFrame, names
         print(f"  row {row}, {one['label']}: {one['answer']} {one['percent']:.4} % | {one['text']}")
     print(report_labels(confusion, names))
     shutil.rmtree(f"{args.output}.parts", ignore_errors=True)
+    if len(rows) < 100 and not args.folds:
+        minutes = 7 * sum(epoch["seconds"] for epoch in record["epochs"]) / 60
+        note(f"{len(rows)} unseen rows say little; --folds 5 judges all rows in about {minutes:.0f} minutes")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", join([*command, f"--model={args.output}", "A sentence."]))
 
@@ -1125,14 +1126,26 @@ RECIPES = {  # what becomes of flags that are not given: see tests/figures/resul
     "own": {"lr": 1e-3, "batch_size": 16, "epochs": 3, "targets": ["all-linear"]},
     "best": {"lr": 1e-3, "batch_size": 32, "epochs": 2, "targets": ["all-linear"]},
 }
-RANGES = {
-    "r": (1, 65_536),
-    "folds": (2, 100),
-    "epochs": (1, 10**4),
-    "threads": (1, 1024),
-    "max_length": (3, 10**6),
+NUMBERS = {  # flags: type, default, least, most, help
+    "train_samples": (int, None, 1, 10**8, "so many random rows"),
+    "max_length": (int, 128, 3, 10**6, "tokens; longer text is cut"),
+    "r": (int, 8, 1, 65_536, "rank of the update"),
+    "alpha": (float, 16.0, 0, 1e6, "scaling = alpha / r"),
+    "dropout": (float, 0.1, 0, 0.99, "on the LoRA branch"),
+    "epochs": (int, None, 1, 10**4, "(3; best 2; own 1 from 20,000 rows)"),
+    "max_steps": (int, None, 1, 10**8, "instead of epochs (own, best: at least 400)"),
+    "batch_size": (int, None, 1, 10**8, "sentences a step (16; best 32)"),
+    "lr": (float, None, 0, 1e8, "peak rate (published 2e-4, else 1e-3; from 20 labels 2e-3)"),
+    "warmup": (float, 0.06, 0, 1, "share of the steps"),
+    "weight_decay": (float, 0.01, 0, 1e8, "of AdamW"),
+    "max_grad_norm": (float, 1.0, 0, 1e8, "of all gradients; 0: no limit"),
+    "contrast": (float, None, 0, 1e8, "weight of SupCon's term (1 below 200 rows, else 0)"),
+    "folds": (int, None, 2, 100, "judge every row: so many trainings without it"),
+    "seed": (int, 42, 0, 2**32 - 1, "of all randomness"),
+    "threads": (int, None, 1, 1024, "of the CPU"),
+    "log_every": (int, 20, 1, 10**8, "steps a report"),
+    "save_every": (int, 500, 1, 10**8, "steps a state for --resume"),
 }
-RANGES |= {"alpha": (0, 1e6), "dropout": (0, 0.99), "warmup": (0, 1), "seed": (0, 2**32 - 1)}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
 WITHOUT_HUB = "name a folder (playground.py: --base), or run ./setup.sh --demo and add --demo"
@@ -1144,7 +1157,7 @@ class Parser(ArgumentParser):
 
 
 def make_parser(description: str, output: str) -> ArgumentParser:
-    """The flags; see also RANGES, RECIPES, MUST_MATCH and LORA_FACTS. {} in `output`: the data."""
+    """The flags; see also NUMBERS, RECIPES, MUST_MATCH and LORA_FACTS. {} in `output`: the data."""
     parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.output = "%(prog)s [options]", output
     switch = {"action": "store_true"}
@@ -1157,33 +1170,18 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--text-column", help="(sentence, text, review, ... or, of two, the longer)")
     add("--label-column", help="(label, class, stars, ... or, of two, the other)")
     add("--label-names", nargs="+", help="names of integer labels, in order")
-    add("--train-samples", type=int, help="so many random rows (all)")
-    add("--max-length", type=int, default=128, help="tokens; longer text is cut (128)")
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--r", type=int, default=8, help="rank of the update (8)")
-    add("--alpha", type=float, default=16.0, help="scaling = alpha / r (16)")
-    add("--dropout", type=float, default=0.1, help="on the LoRA branch (0.1)")
+    add = parser.add_argument_group("method").add_argument
+    add("--recipe", choices=["auto", *RECIPES], default="auto", help="(SST-2 published, else own)")
     add("--targets", nargs="+", help="linear layers, or all-linear (by recipe)")
     add("--use-rslora", **switch, help="scaling = alpha / sqrt(r)")
     add("--freeze-head", **switch, help="leave the head random")
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=["auto", *RECIPES], default="auto", help="(SST-2 published, else own)")
-    add("--epochs", type=int, help="(3; best 2; own 1 from 20,000 rows)")
-    add("--max-steps", type=int, help="instead of epochs (own, best: at least 400)")
-    add("--batch-size", type=int, help="sentences a step (16; best 32)")
-    add("--lr", type=float, help="peak rate (published 2e-4, else 1e-3; from 20 labels 2e-3)")
-    add("--warmup", type=float, default=0.06, help="share of the steps (0.06)")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
-    add("--contrast", type=float, help="weight of the contrastive term (own 1, else 0)")
-    add("--folds", type=int, help="judge all rows: so many trainings, each on the other parts")
-    add("--max-grad-norm", type=float, default=1.0, help="of all gradients; 0: no limit (1)")
-    add("--seed", type=int, default=42, help="of all randomness (42)")
+    add = parser.add_argument_group("numbers").add_argument
+    for name, (kind, default, _, _, text) in NUMBERS.items():
+        text += f" ({default:g})" if default else ""
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=text)
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
     add("--precision", choices=["auto", *TYPES], default="auto", help="16 bits where quick (auto)")
-    add("--threads", type=int, help="of the CPU (PyTorch's choice)")
-    add("--log-every", type=int, default=20, help="steps a report (20)")
-    add("--save-every", type=int, default=500, help="steps a state for --resume (500)")
     add("--resume", **switch, help="go on from the state beside --output")
     add("--output", type=Path, help=f"where the result goes ({output.format('DATA')})")
     add("--overwrite", **switch, help="replace what was made from other data")
@@ -1203,7 +1201,7 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
             given[detail] = given[detail] or hub[1]
     args.data = str(Path(args.dataset, args.dataset_config or ""))
     name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
-    is_sst2 = str(Path(args.dataset)) in (GLUE[0], LOCAL["dataset"])
+    is_sst2 = os.path.normpath(args.dataset) in (GLUE[0], LOCAL["dataset"])
     name = "distilbert_sst2" if is_sst2 else name
     if args.recipe == "auto":
         args.recipe = "published" if is_sst2 else "own"
@@ -1212,16 +1210,18 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 
 
 def check_ranges(settings: dict) -> None:
-    for key, value in settings.items():
-        low, high = RANGES.get(key, (1 if isinstance(value, int) else 0, 10**8))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise ValueError(f"--{key.replace('_', '-')} {value} is not between {low} and {high}")
+    for key in settings.keys() & NUMBERS.keys():
+        value, (_, _, least, most, _) = settings[key], NUMBERS[key]
+        if value is not None and not least <= value <= most:
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{flag} {value} is not between {least} and {most}")
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     """The flags, with those that --recipe and the data decide; prints them."""
     name = args.recipe
-    recipe = {"contrast": float(name == "own"), **RECIPES[name]}
+    is_small = name == "own" and 5 * labels <= rows < 200  # where the contrastive term helps
+    recipe = {"contrast": float(is_small), **RECIPES[name]}
     if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
@@ -1233,6 +1233,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
         chosen.max_steps = chosen.max_steps or 400
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
     how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
+    how += f", contrast {chosen.contrast:g}" if chosen.contrast else ""
     print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
@@ -1286,10 +1287,11 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
         if has_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if has_gpu else "gloo")
-    able = torch.cpu.get_capabilities()
-    quick = torch.bfloat16 if any(map(able.get, ("amx_bf16", "avx512_bf16", "bf16"))) else torch.float32
     if has_gpu:  # bfloat16 since Ampere
         quick = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    else:
+        able = map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16", "bf16"))
+        quick = torch.bfloat16 if any(able) else torch.float32
     return torch.device("cuda" if has_gpu else "cpu"), TYPES.get(args.precision, quick)
 
 
@@ -1316,7 +1318,8 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 def visible(value: object, width: int = 200) -> str:
     """Text for one line of a terminal, harmless to cursor and order."""
     text = str(value) if len(str(value)) <= width else f"{str(value)[: width - 1]}…"
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text)
+    harmless = "\xa0\xad\u200c\u200d\u202f\u3000"  # spaces and joiners
+    return "".join(c if c.isprintable() or c in harmless else "\ufffd" for c in text)
 
 
 def listed(values: list, most: int = 20) -> str:
