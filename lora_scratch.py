@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -483,7 +484,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
         whole = [f"-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
         if found != whole and (found or len(parts) > 1):
             raise InputError(f"{path}: not one file, or all parts of it: {listed(names)}")
-        tables[split] = pandas.concat(map(read_file, parts), ignore_index=True)
+        tables[split] = pandas.concat(map(read_file, parts), ignore_index=bool(found))
     return tables
 
 
@@ -526,6 +527,7 @@ def read_file(path: Path) -> DataFrame:
             table = as_frame(parquet.read_table(path))
         elif kind == "xlsx":
             table = pandas.read_excel(path, dtype=str, na_filter=False, engine="openpyxl")
+            table.index += 1
         elif kind in ("json", "jsonl"):
             rows = read_json(path)  # NA: what a row does not have; NaN is a value
             names = {name: pandas.NA for row in rows for name in row}
@@ -548,7 +550,7 @@ def read_file(path: Path) -> DataFrame:
                 how["quoting"] = csv.QUOTE_NONE
                 note(f"{path}: line {rows.line_num}: a stray quotation mark, so all are text")
             table = pandas.read_csv(io.StringIO(text), sep=sep, **how)
-            table = table[1:].reset_index(drop=True).set_axis(table.iloc[0], axis=1)
+            table = table[1:].set_axis(table.iloc[0], axis=1)
             table.attrs = {"separator": sep, "mark": is_marked}
     names = [str(name).strip() for name in table.columns]
     names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
@@ -633,29 +635,27 @@ def is_blank(text: str) -> bool:
 
 
 def read_rows(where: str, table: DataFrame, text: str, label: str | None = None) -> DataFrame:
-    """The rows with text and label, both as text, by number from 1."""
+    """Text and label of the rows, as text; a header is row 1."""
     columns = [text, label or text]
     if missing := [name for name in columns if name not in table]:
         what = f"no column {missing[0]!r} but {listed([*table])}"
         raise InputError(f"{where}: {what}; see --text-column and --label-column")
     rows, lists = table[columns].astype(object), (list, numpy.ndarray)
-    no_text = (*lists, dict, bytes)
-    rows.columns, rows.index = ["text", "label"], range(1, len(rows) + 1)
+    rows.columns, rows.index = ["text", "label"], rows.index + 1
     rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
-    is_text = ~rows.map(lambda v: isinstance(v, no_text))
-    rows = rows.where(is_text & rows.notna(), "").map(str).astype(object)
+    no_text = rows.isna() | rows.map(lambda v: isinstance(v, (*lists, dict, bytes)))
+    rows = rows.mask(no_text, "").map(str).astype(object)
     labels = rows["label"].str.strip().str.normalize("NFC")
     labels = labels.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)  # 1.0 is 1
-    class_names = table.attrs.get("class_names", {}).get(label)
-    if class_names:  # -1 is unlabelled
+    if class_names := table.attrs.get("class_names", {}).get(label):  # -1 is unlabelled
         labels = labels.map({str(i): name for i, name in enumerate(class_names)}).fillna("")
     rows["label"], rows.attrs["class_names"] = labels, class_names
     blank = rows.index[rows["text"].map(is_blank) | labels.map(is_blank)]
-    count = f"{len(blank):,} of {len(rows):,} rows"
+    what = f"{where}: {len(blank):,} of {len(rows):,} rows without text or label"
     if len(blank) == len(rows):
-        raise InputError(f"{where}: {count} have no text or label; give one")
+        raise InputError(f"{what}; give one")
     if len(blank):
-        note(f"{where}: {count} have no text or label: left out")
+        note(f"{what}: left out")
     return rows.drop(blank)
 
 
@@ -665,15 +665,15 @@ def note_surprises(where: str, train: DataFrame, held: DataFrame) -> None:
     labels = counts.index.to_series().str
     plain = labels.casefold().str.replace(r"\s", "", regex=True)
     for what, are_so in (
-        ("rows repeat an earlier text", train["text"].duplicated()),
-        ("rows have a text with several labels", by_text.transform("nunique") > 1),
-        ("validation rows have a training text", held["text"].isin(train["text"])),
-        ("labels differ in capitals or space alone", plain.duplicated(keep=False)),
-        ("labels look empty", labels.fullmatch("None|[Nn]a[Nn]|N/?A|null")),
-        ("labels have fewer than ten rows", counts < 10),
+        ("rows (a header is row 1) with an earlier text", train["text"].duplicated()),
+        ("rows with a text of several labels", by_text.transform("nunique") > 1),
+        ("validation rows with a training text", held["text"].isin(train["text"])),
+        ("labels alike but for case or space", plain.duplicated(keep=False)),
+        ("labels that look empty", labels.fullmatch("None|[Nn]a[Nn]|N/?A|null")),
+        ("labels with under ten rows", counts < 10),
     ):
         if found := [*are_so.index[are_so]]:
-            note(f"{where}: {len(found):,} {what}: {listed(found, 10)}")
+            note(f"{where}: {what} ({len(found):,}): {listed(found, 10)}")
 
 
 def number_labels(args: Namespace, columns, train, held) -> dict:
@@ -1052,40 +1052,40 @@ def count_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def score(confusion: Tensor) -> dict:
-    """Accuracy, its 95 % interval (Wilson, 1927) and macro-F1 as in scikit-learn, in percent."""
-    correct, total, z = int(confusion.trace()), int(confusion.sum()), 1.959964
-    accuracy, both = 100 * correct / total, confusion.sum(dim=0) + confusion.sum(dim=1)
-    middle = (correct + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
-    result = {"accuracy": accuracy, "correct": correct, "total": total}
-    result["interval"] = [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)]
-    result["macro_f1"] = (200 * confusion.diagonal().double() / both).nanmean().item()
-    return result | {"text": f"accuracy {accuracy:.2f} % ({correct}/{total})"}
+    """In percent: accuracy, 95 % interval (Wilson, 1927), macro-F1 as in scikit-learn."""
+    right, real = confusion.diagonal(), confusion.sum(1)
+    given = confusion.sum(0)[: len(real)]
+    correct, total, q = int(right.sum()), int(given.sum()), 3.841459
+    middle = (correct + q / 2) / (total + q)
+    half = math.sqrt(q * (correct * (total - correct) / total + q / 4)) / (total + q)
+    result = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+    result["interval"] = [100 * max(0, middle - half), 100 * min(1, middle + half)]
+    result["macro_f1"] = (200 * right.double() / (given + real)).nanmean().item()
+    return result | {"text": f"accuracy {result['accuracy']:.2f} % ({correct}/{total})"}
 
 
 def report_labels(confusion: Tensor, label_names: list[str]) -> str:
-    """A table of each label in percent, how often it was answered, and the score."""
+    """Each label in percent, and the score."""
     import pandas
 
-    names = [visible(" ".join(name.split()), 20) for name in label_names]
-    right, given, real = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    columns = {"label": names, "precision": 100 * right / given, "recall": 100 * right / real}
-    columns |= {"F1": 200 * right / (given + real), "sentences": real}
-    header = [*columns, "answered as:", *names]
-    if len(names) <= 10:
-        columns |= {"answered as:": "", **dict(enumerate(confusion.T))}
-    layout = {"header": header[: len(columns)], "float_format": "%.1f", "na_rep": "-"}
-    table = pandas.DataFrame(columns).to_string(index=False, **layout)
-    result = score(confusion)
-    always = f"always {names[int(real.argmax())]!r}: {100 * int(real.max()) / result['total']:.2f} %"
-    interval = "95 % between {:.0f} and {:.0f}".format(*result["interval"])
-    return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{result['text']}, {interval}"
+    cuts = ([visible(" ".join(n.split()), w) for n in label_names] for w in range(20, 201, 10))
+    names = max(cuts, key=lambda one: len({*one}))  # none alike
+    right, real = 100 * confusion.diagonal(), confusion.sum(1)
+    given = confusion.sum(0)[: len(real)]
+    top = f"lowest F1 of {len(names)}" if names[10:] else "label"
+    table = {top: names, "precision": right / given, "recall": right / real}
+    table = pandas.DataFrame(table | {"F1": 2 * right / (given + real), "sentences": real})
+    cells = pandas.DataFrame(confusion, columns=[*names, "unsure"][: len(confusion.T)])
+    cells.insert(0, "answered as:", "")
+    table = table.nsmallest(10, "F1") if names[10:] else pandas.concat([table, cells], axis=1)
+    table = table.to_string(index=False, header=[*table], float_format="%.1f", na_rep="-")
+    always = f"always {names[real.argmax()]!r}: {100 * real.max() / real.sum():.2f} %"
+    text = "{}\nmacro-F1 {macro_f1:.1f} %; {}\n{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}"
+    return text.format(table, always, **score(confusion))
 
 
 def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: Tensor) -> None:
     """Write the record, and print what came out: logits (rows, labels) answer unseen rows."""
-    from shlex import join
-
     names, record["parts"] = about["label_names"], rows.attrs.get("parts")
     files = [args.output] if args.output.is_file() else args.output.glob("adapter_*")
     confusion = count_answers(logits, torch.tensor([*rows["label"]]))
@@ -1107,7 +1107,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
         minutes = 7 * sum(epoch["seconds"] for epoch in record["epochs"]) / 60
         note(f"{len(rows)} unseen rows say little; --folds 5 judges all rows in about {minutes:.0f} minutes")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
-    print("ask it:", join([*command, f"--model={args.output}", "A sentence."]))
+    print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
 
 
 def beside(output: Path, ending: str) -> Path:

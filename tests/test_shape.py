@@ -16,7 +16,7 @@ STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
     "lora_scratch.py": 1400,
     "lora_peft.py": 240,
-    "playground.py": 635,
+    "playground.py": 680,
     "setup.sh": 90,
     "README.md": 200,
     "tests/**/*.py": 7100,
