@@ -49,7 +49,7 @@ MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_ver
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
-    """PEFT's configuration for the same adapter; PEFT's own guesses match names by suffix."""
+    """PEFT's configuration of the same adapter; by itself it matches names by suffix."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
@@ -97,7 +97,7 @@ def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[Base, TrainingState]:
-    """Train an adapter on some rows and evaluate it on others, after every epoch."""
+    """Train an adapter on some rows; judge every epoch by others."""
     device, dtype = machine
     torch.manual_seed(args.seed)
     base = load_base(args.model, args.revision, about["label_names"], args.max_length)
@@ -107,7 +107,7 @@ def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[B
     wrapped = find_targets(base.model, base.head, args.targets)
     facts = adapter_facts(args, base, about, wrapped)
     adapter = wrap(base, make_config(base, facts, args.use_dora), not args.freeze_head)
-    model = speed_up(base, dtype).to(device)  # into which PEFT has put its layers
+    model = speed_up(base, dtype).to(device)  # with PEFT's layers in it
     record = describe(args, own_names(dict(model.named_parameters())), base.head, wrapped, dtype)
     record["versions"]["peft"] = peft.__version__
 
@@ -193,7 +193,7 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
 
 
 def plain(config: peft.PeftConfig) -> dict:
-    """PEFT's settings, with sets and lists in one order."""
+    """PEFT's settings, sets and lists in order."""
     several = {k: v for k, v in vars(config).items() if isinstance(v, (set, list))}
     return config.to_dict() | {k: sorted(map(str, v)) for k, v in several.items()}
 

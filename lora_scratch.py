@@ -39,7 +39,7 @@ from zipfile import ZipFile
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if not all(map(find_spec, ("torch", "transformers", "datasets"))):
-    ArgumentParser().exit(2, "error: packages missing; run ./setup.sh, then source .venv/bin/activate\n")
+    ArgumentParser().exit(2, "error: packages missing; ./setup.sh, then source .venv/bin/activate\n")
 import numpy
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain linear layer that answers as this one in eval mode: W + scaling · B A, in float32."""
+        """A plain linear layer that answers as this one in eval mode: W + scaling · B A."""
         merged = copy.deepcopy(self.base).float()
         merged.weight += self.scaling * self.lora_B @ self.lora_A
         return merged
@@ -95,8 +95,8 @@ DEFAULT_TARGETS |= {name: ["query", "value"] for name in ("bert", "roberta", "el
 def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
     """Paths of the linear layers whose own name is one of `targets`, outside the head.
 
-    Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every one of them, None the
-    default of the architecture. `head` names the head's parameters. Raises InputError for other targets.
+    Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every one, None the default
+    of the architecture. `head` names the head's parameters. InputError for other targets.
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
@@ -106,15 +106,15 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     names = sorted({path.split(".")[-1] for path in linear})
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
-        what = f"{unknown[0]!r} is no linear layer outside the head" if unknown else "no default targets"
-        raise InputError(f"{model.config.model_type}: {what}; choose with --targets among {', '.join(names)}")
+        what = f"{unknown[0]!r} is no linear layer of the encoder" if unknown else "no default"
+        raise InputError(f"{model.config.model_type}: {what}; see --targets: {', '.join(names)}")
     return [path for path in linear if path.split(".")[-1] in targets]
 
 
 def inject_lora(
     model, head: list[str], targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False, train_head=True
 ) -> list[str]:
-    """Wrap the target layers in LoRALinear, freeze all else but the head; return the wrapped paths."""
+    """Wrap the target layers in LoRALinear, freeze all else but the head; return the paths."""
     wrapped = find_targets(model, head, targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(train_head and name in head)
@@ -137,7 +137,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def train(
     model: nn.Module, train_set: Tokens, eval_set: Tokens, args: Namespace, state: TrainingState
 ) -> None:
-    """Train what requires a gradient, from the step where `state` stands, which keeps all results."""
+    """Train what requires a gradient, from the step where `state` stands; it keeps the results."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
@@ -170,7 +170,8 @@ def train(
             # ---- the rest reports, evaluates and saves ----
 
             state.losses[step] = sum_over_processes(loss.detach())
-            done, epoch_ended = step + 1, batch_number + 1 == steps_per_epoch or step + 1 == total_steps
+            done = step + 1
+            epoch_ended = batch_number + 1 == steps_per_epoch or done == total_steps
             if epoch_ended or done % args.log_every == 0:
                 state.report(done)
             if epoch_ended:
@@ -185,17 +186,16 @@ def contrast(output, labels: Tensor) -> Tensor:
     """How unlike sentences of one label look to the model: SupCon (arXiv:2004.11362, equation 2).
 
     The sum over sentences i of the mean, over the j of i's label, of -log (e^s_ij / Σ_k e^s_ik).
-    s: cosine similarity of [CLS] / 0.1; j and k are not i. It counts as the labels are learnt, wholly
-    from half of chance's cross-entropy on: alone it learns nothing where all [CLS] are alike.
+    s: cosine similarity of [CLS] / 0.1; j and k are not i. It counts as the labels are learnt,
+    wholly from half of chance's cross-entropy on: alone it is lost where all [CLS] are alike.
     """
     cls = F.normalize(output.hidden_states[-1][:, 0].float(), dim=1)  # (sentences, width)
     itself = torch.eye(len(labels), device=labels.device)
     logs = F.log_softmax(10 * cls @ cls.T - 1e9 * itself, dim=1)  # (sentences, sentences)
-    partners = (labels[:, None] == labels).float() - itself  # 1 where the label is the same
+    partners = (labels[:, None] == labels).float() - itself
     mean = (partners * logs).sum(dim=1) / partners.sum(dim=1).clamp(min=1)
-    chance = math.log(output.logits.shape[1])
-    learnt = 1 - F.cross_entropy(output.logits.detach().float(), labels) / chance
-    return -mean.sum() * (2 * learnt).clamp(0, 1)
+    entropy = F.cross_entropy(output.logits.detach().float(), labels)
+    return -mean.sum() * (2 - 2 * entropy / math.log(output.logits.shape[1])).clamp(0, 1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -206,7 +206,7 @@ def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
 
 @torch.inference_mode()
 def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
-    """Logits (sentences, labels) in float32, in the order given; batched by length inside."""
+    """Logits (sentences, labels) in float32, in the order given."""
     model.eval()
     logits = torch.zeros(len(sentences), model.config.num_labels)
     for batch in make_batches(sentences.lengths, batch_size):
@@ -247,7 +247,7 @@ def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, 
 
 
 def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[Base, TrainingState]:
-    """Train an adapter on some rows and evaluate it on others, after every epoch."""
+    """Train an adapter on some rows; judge every epoch by others."""
     device, dtype = machine
     torch.manual_seed(args.seed)
     base = load_base(args.model, args.revision, about["label_names"], args.max_length)
@@ -256,7 +256,7 @@ def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[B
 
     lora = {key: getattr(args, key) for key in LORA_FACTS}  # targets, r, alpha, dropout, use_rslora
     wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
-    model = speed_up(base, dtype).to(device)  # the same answers, and the frozen weights in `dtype`
+    model = speed_up(base, dtype).to(device)  # the frozen weights in `dtype`
     facts = adapter_facts(args, base, about, wrapped)  # what rebuilding needs beside the tensors
     record = describe(args, dict(model.named_parameters()), base.head, wrapped, dtype)
 
@@ -302,7 +302,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     is_local = Path(name).is_dir()
-    remedy = "name another with --model (playground.py: --base), or lower --max-length"
+    remedy = "see --model (playground.py: --base) and --max-length"
     with refusing(f"cannot use the base model {name!r}", remedy if is_local else WITHOUT_HUB):
         folder = Path(name) if is_local else fetch_base(name, revision)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -313,8 +313,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
-        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
-            raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
+        if config.is_encoder_decoder or not (pads_right and reads):
+            raise ValueError("no encoder that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
@@ -336,7 +336,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
 
 
 def fetch_base(name: str, revision: str | None) -> Path:
-    """The folder of a commit in the Hub's cache; a request is made only for what it lacks."""
+    """A commit's folder in the Hub's cache; what it has is not requested."""
     from huggingface_hub import snapshot_download
 
     use_cache_if_offline()
@@ -430,7 +430,7 @@ def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None
         ids += [numpy.array(one or [tokenizer.pad_token_id], dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
-        note(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens; see --max-length")
+        note(f"{cut:,} of {len(texts):,} texts are cut: see --max-length {max_length}")
     labels = [0] * len(ids) if labels is None else [*labels]
     return Tokens(ids, torch.tensor(labels, dtype=torch.int64))
 
@@ -450,7 +450,7 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
     train = train.sample(frac=1, random_state=args.seed)[: args.train_samples]
     if held.empty and not args.folds:
         is_sure = train.groupby("text")["label"].transform("nunique") == 1
-        is_sure &= train.groupby("label")["text"].transform("nunique") > 1  # else its only text
+        is_sure &= train.groupby("label")["text"].transform("nunique") > 1
         is_held = train["text"].isin(draw_texts(train[is_sure], args.seed, every=10))
         train, held = train[~is_held], train[is_held]
         if held.empty:
@@ -522,7 +522,7 @@ def read_file(path: Path) -> DataFrame:
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     with refusing(f"{path}: cannot be read", f"correct it or give another: {listed(FORMATS)}"):
         if not is_table(path) or not (path.is_file() or path.is_dir()):  # a pipe can hang
-            raise ValueError("no table" if path.exists() else "there is no such file")
+            raise ValueError("no table" if path.exists() else "no such file")
         if kind == "parquet":  # or Spark's folder
             table = as_frame(parquet.read_table(path))
         elif kind == "xlsx":
@@ -548,7 +548,7 @@ def read_file(path: Path) -> DataFrame:
                 sum(map(len, rows if spans_lines else []))  # reads them all
             except csv.Error:  # else the rows up to the next mark are one
                 how["quoting"] = csv.QUOTE_NONE
-                note(f"{path}: line {rows.line_num}: a stray quotation mark, so all are text")
+                note(f"{path}: line {rows.line_num}: a stray quotation mark; all are text")
             table = pandas.read_csv(io.StringIO(text), sep=sep, **how)
             table = table[1:].set_axis(table.iloc[0], axis=1)
             table.attrs = {"separator": sep, "mark": is_marked}
@@ -687,7 +687,7 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
     for is_wrong, what in (
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
         (len(labels) < 2, f"{shown!r} is the only label"),
-        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown} are no whole numbers"),
+        (are_words and re.fullmatch(r"[-.\d]*", "".join(found)), f"{shown}: no whole numbers"),
         (unknown, f"no training row has the label {unknown}, but {shown}"),
         (not fit, f"{listed(names)} cannot name {shown}"),
     ):
@@ -704,21 +704,21 @@ LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
 def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) -> dict:
-    """What a checkpoint says beside its tensors: enough to build the model and to ask it."""
+    """What a checkpoint says beside its tensors."""
     facts = {"base": args.model, "data": args.data, "revision": base.revision, **about}
     facts |= {key: getattr(args, key) for key in ("max_length", *LORA_FACTS)}
     return facts | base.identity | {"targets": sorted({path.split(".")[-1] for path in wrapped})}
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts for the file `path`: files and folders as seen from its own, with a dot in front."""
+    """Facts for the file `path`: places as seen from there, with a dot in front."""
     here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
     return facts | {key: name if name[0] == "." else f"./{name}" for key, name in near.items()}
 
 
 def seen_from_here(path: Path, facts: dict) -> dict:
-    """The facts of the file `path`, with its files and folders as seen from here."""
+    """The facts of the file `path`, with places as seen from here."""
     near = [key for key in PLACES if facts.get(key, "").startswith(".")]
     return facts | {key: os.path.normpath(path.parent / facts[key]) for key in near}
 
@@ -737,10 +737,7 @@ def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable)
 
 
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
-    """The trained model in float32, on the CPU, and its facts.
-
-    `base_name` says where its base is now. Raises InputError for what does not fit together.
-    """
+    """The trained model in float32, on the CPU, and its facts; its base is now at `base_name`."""
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
         checkpoint = seen_from_here(Path(path), read_tensors(path))
         check_facts(checkpoint, checkpoint["state_dict"])
@@ -855,7 +852,7 @@ class TrainingState:
         return self.done
 
     def load(self) -> None:
-        """Put everything back; raises InputError for a file that is no state of this run."""
+        """Put everything back; InputError for a file that is no state of this run."""
         with refusing(f"{self.path}: no state of this run", "use the same, or leave --resume out"):
             state = read_tensors(self.path)
             for key, now in self.settings.items():
@@ -888,7 +885,7 @@ class TrainingState:
         """Raise InputError where a loss so far or a weight now is not finite."""
         tensors = [self.losses[:done], *self.tensors["trained"].values()]
         if not all(tensor.sum().isfinite() for tensor in tensors):
-            raise InputError(f"step {done}: loss or weight not finite; lower --lr {self.args.lr:g}")
+            raise InputError(f"step {done}: not finite; lower --lr {self.args.lr:g}")
 
     def report(self, done: int) -> None:
         """Show the loss of the last steps, on a bar or now and then on a line."""
@@ -905,7 +902,7 @@ class TrainingState:
             print(f"step {done}/{len(self.losses)}: {progress}", flush=True)
 
     def end_epoch(self, done: int, logits: Tensor) -> None:
-        """Record and print the epoch; logits (sentences, labels) answer the validation rows."""
+        """Record and print the epoch; logits (rows, labels): the validation's."""
         epochs, labels = self.record["epochs"], self.eval_set.labels
         losses = self.losses[len(epochs) * self.steps_per_epoch : done]
         epoch = {"epoch": len(epochs) + 1, "steps": len(losses), **self.pace}
@@ -940,7 +937,7 @@ class TrainingState:
         if dist.is_initialized():  # the others end here, and the first one saves
             dist.destroy_process_group()
         if self.stopped:
-            note(f"stopped after step {self.done}; the same command with --resume continues")
+            note(f"stopped after step {self.done}; add --resume to go on")
         if self.stopped or rank:
             sys.exit(self.stopped and 128 + self.stopped)
 
@@ -973,11 +970,11 @@ def sum_over_processes(*tensors: Tensor) -> Tensor:
 def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -> tuple:
     """The rows, and logits (rows, labels) for each by a model that has not seen its text.
 
-    Each of --folds parts is answered by a model of the others. First comes a training on half of the
-    texts: would more rows help? --resume finds the states of all these trainings.
+    Of --folds parts each is answered by a model of the others; before that, one half by a model of
+    the other: would more rows help? --resume finds the states of these trainings.
     """
-    if (texts := rows["text"].nunique()) < args.folds:
-        raise InputError(f"--folds {args.folds}: there are only {texts} texts; give more")
+    if rows["text"].nunique() < args.folds:
+        raise InputError(f"--folds {args.folds}: too few texts")
     logits, labels = torch.zeros(len(rows), len(about["labels"])), torch.tensor([*rows["label"]])
     rows.attrs["parts"] = []
     for number in range(args.folds + 1):
@@ -1037,7 +1034,7 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
         temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
     for parameter in layer.parameters():
         parameter.data /= temperature
-    how = "not fitted: percentages may be far too sure"  # or too few mistakes to learn it from
+    how = "not fitted: percentages may be far too sure"
     if temperature > 1:
         how = f"{temperature:.2f} divides the logits: fitted on {len(labels):,} unseen sentences"
     print(f"{'temperature':12}{how}")
@@ -1068,8 +1065,7 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
     """Each label in percent, and the score."""
     import pandas
 
-    cuts = ([visible(" ".join(n.split()), w) for n in label_names] for w in range(20, 201, 10))
-    names = max(cuts, key=lambda one: len({*one}))  # none alike
+    names = [visible(" ".join(name.split()), 80) for name in label_names]
     right, real = 100 * confusion.diagonal(), confusion.sum(1)
     given = confusion.sum(0)[: len(real)]
     top = f"lowest F1 of {len(names)}" if names[10:] else "label"
@@ -1080,8 +1076,9 @@ def report_labels(confusion: Tensor, label_names: list[str]) -> str:
     table = table.nsmallest(10, "F1") if names[10:] else pandas.concat([table, cells], axis=1)
     table = table.to_string(index=False, header=[*table], float_format="%.1f", na_rep="-")
     always = f"always {names[real.argmax()]!r}: {100 * real.max() / real.sum():.2f} %"
-    text = "{}\nmacro-F1 {macro_f1:.1f} %; {}\n{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}"
-    return text.format(table, always, **score(confusion))
+    result = score(confusion)
+    interval = "95 % between {:.0f} and {:.0f}".format(*result["interval"])
+    return f"{table}\nmacro-F1 {result['macro_f1']:.1f} %; {always}\n{result['text']}, {interval}"
 
 
 def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: Tensor) -> None:
@@ -1104,8 +1101,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     print(report_labels(confusion, names))
     shutil.rmtree(f"{args.output}.parts", ignore_errors=True)
     if len(rows) < 100 and not args.folds:
-        minutes = 7 * sum(epoch["seconds"] for epoch in record["epochs"]) / 60
-        note(f"{len(rows)} unseen rows say little; --folds 5 judges all rows in about {minutes:.0f} minutes")
+        note(f"{len(rows)} rows say little: --folds 5 judges all, in six more trainings")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
 
@@ -1121,7 +1117,7 @@ GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # i
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL = {"model": "model/distilbert-base-uncased", "dataset": "dataset/glue_sst2_local"}
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
-RECIPES = {  # what becomes of flags that are not given: see tests/figures/results/README.md
+RECIPES = {  # of flags that are not given: see tests/figures/results/README.md
     "published": {"lr": 2e-4, "batch_size": 16, "epochs": 3},  # targets: query and value
     "own": {"lr": 1e-3, "batch_size": 16, "epochs": 3, "targets": ["all-linear"]},
     "best": {"lr": 1e-3, "batch_size": 32, "epochs": 2, "targets": ["all-linear"]},
@@ -1148,7 +1144,7 @@ NUMBERS = {  # flags: type, default, least, most, help
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ODD = "Naïve CAFÉ, don't  stop!\tÅngström 東京 № ½ 😀 re-use_it (1,000.50 €) #x @y http://a.b/c?d=e ß ﬁ"
-WITHOUT_HUB = "name a folder (playground.py: --base), or run ./setup.sh --demo and add --demo"
+WITHOUT_HUB = "name a folder (playground.py: --base), or ./setup.sh --demo and --demo"
 
 
 class Parser(ArgumentParser):
@@ -1157,7 +1153,7 @@ class Parser(ArgumentParser):
 
 
 def make_parser(description: str, output: str) -> ArgumentParser:
-    """The flags; see also NUMBERS, RECIPES, MUST_MATCH and LORA_FACTS. {} in `output`: the data."""
+    """The flags; see also NUMBERS, RECIPES and MUST_MATCH. {} in `output`: the data."""
     parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.output = "%(prog)s [options]", output
     switch = {"action": "store_true"}
@@ -1171,7 +1167,7 @@ def make_parser(description: str, output: str) -> ArgumentParser:
     add("--label-column", help="(label, class, stars, ... or, of two, the other)")
     add("--label-names", nargs="+", help="names of integer labels, in order")
     add = parser.add_argument_group("method").add_argument
-    add("--recipe", choices=["auto", *RECIPES], default="auto", help="(SST-2 published, else own)")
+    add("--recipe", choices=RECIPES, help="(published for SST-2, else own)")
     add("--targets", nargs="+", help="linear layers, or all-linear (by recipe)")
     add("--use-rslora", **switch, help="scaling = alpha / sqrt(r)")
     add("--freeze-head", **switch, help="leave the head random")
@@ -1200,12 +1196,10 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         if given[key] == hub[0]:
             given[detail] = given[detail] or hub[1]
     args.data = str(Path(args.dataset, args.dataset_config or ""))
-    name = re.sub(r"\W+", "_", Path(args.dataset).stem)[:100] or "data"
     is_sst2 = os.path.normpath(args.dataset) in (GLUE[0], LOCAL["dataset"])
-    name = "distilbert_sst2" if is_sst2 else name
-    if args.recipe == "auto":
-        args.recipe = "published" if is_sst2 else "own"
-    args.output = args.output or Path(parser.output.format(name))
+    name = "distilbert_sst2" if is_sst2 else re.sub(r"\W+", "_", Path(args.dataset).stem)[:100]
+    args.output = args.output or Path(parser.output.format(name or "data"))
+    args.recipe = args.recipe or ("published" if is_sst2 else "own")
     return args
 
 
@@ -1213,8 +1207,7 @@ def check_ranges(settings: dict) -> None:
     for key in settings.keys() & NUMBERS.keys():
         value, (_, _, least, most, _) = settings[key], NUMBERS[key]
         if value is not None and not least <= value <= most:
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"{flag} {value} is not between {least} and {most}")
+            raise ValueError(f"--{key.replace('_', '-')} {value} is not between {least} and {most}")
 
 
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
@@ -1264,7 +1257,7 @@ def check_output(args: Namespace, is_file: bool) -> None:
         probe.unlink()
 
 
-HELD = contextlib.ExitStack()  # open files, whose locks hold outputs for this run
+HELD = contextlib.ExitStack()  # open files with locks
 
 
 def hold(output: Path) -> None:
@@ -1287,7 +1280,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
         if has_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if has_gpu else "gloo")
-    if has_gpu:  # bfloat16 since Ampere
+    if has_gpu:
         quick = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     else:
         able = map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16", "bf16"))
@@ -1363,7 +1356,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make a model quick; return it. Only the rounding changes, and which elements are dropped."""
+    """Make a model quick; only rounding changes, and what dropout draws."""
     for name, parameter in base.model.named_parameters():
         if name not in base.head and not re.search("lora_|modules_to_save", name):
             parameter.data = parameter.data.to(dtype)  # else autocast would, at every step

@@ -26,7 +26,7 @@ def test_two_processes_follow_the_loss_path_of_one(script, tiny_base, tiny_data,
     # 27 sentences in batches of 13: the last has one, of which the second process gets nothing.
     (data / "train.tsv").write_text("".join(rows[:28]), encoding="utf-8")
     more = ["--batch-size", 13, "--dropout", 0, "--epochs", 3, "--lr", 0.01, "--threads", 1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-ranks-filter", "0"]
     records, states, names = [], [], []
     for name, launcher in (("one", []), ("two", torchrun)):
         output = tmp_path / name / ("a.pt" if script is lora_scratch else "a")

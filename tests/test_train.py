@@ -149,7 +149,7 @@ def test_the_base_stays_and_what_has_moved_is_saved(
 
     monkeypatch.setattr(script, "train", spy)
     path = tmp_path / ("a.pt" if script is lora_scratch else "a")
-    more = ["--max-steps", 9, "--lr", 0.03, "--weight-decay", 0, "--precision", precision, "--output", path]
+    more = ["--max-steps", 3, "--lr", 0.01, "--weight-decay", 0, "--precision", precision, "--output", path]
     script.main([*flags(tiny_base, tiny_data), *map(str, more), *freeze])
     before, after = states
     torch.manual_seed(42)
@@ -157,7 +157,7 @@ def test_the_base_stays_and_what_has_moved_is_saved(
     load = load_checkpoint if script is lora_scratch else lora_peft.load_adapter
     saved = lora_peft.own_names(load(path)[0].model.state_dict())
     temperature = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["temperature"]
-    assert (temperature == 1) is bool(freeze)
+    assert temperature == 1 or not freeze
     for name, tensor in after.items():
         is_kept = "lora_" in name or name in start.head
         moves = "lora_" in name or (name in start.head and not freeze)
