@@ -161,8 +161,8 @@ def train(
             loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
             loss = weight * (loss + args.contrast * contrast(output, labels))
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
             sum_over_processes(*(p.grad for p in parameters))  # one process: nothing to do
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
             scaler.step(optimizer)
             scaler.update()
