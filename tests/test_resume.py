@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from conftest import SCRIPTS, flags, refused, without_notes
 from safetensors.torch import load_file, save_file
 
+import lora_peft
 from lora_peft import TENSORS_FILE
 
 ROOT = Path(lora_scratch.__file__).parent
@@ -53,26 +54,35 @@ def stop_at(call: int, patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(lora_scratch, "collate", interrupt)
 
 
+LONG = ["--epochs", 5, "--lr", 0.01, "--output"]
 MOMENTS = [(2, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGHUP), (20, signal.SIGINT)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, tiny_data, tmp_path_factory) -> dict:
+    """The result of an undisturbed run of each script."""
+    folder = tmp_path_factory.mktemp("whole")
+    outputs = {script: output_of(script, folder) for script in (lora_scratch, lora_peft)}
+    for script, output in outputs.items():
+        assert script.main(flags(tiny_base, tiny_data, *LONG, output)) is None
+    return outputs
 
 
 @pytest.mark.parametrize(("moment", "number"), MOMENTS)  # every fourth is an evaluation
 @SCRIPTS
 def test_a_stopped_run_ends_in_the_same_bits(
-    script, moment, number, tiny_base, tiny_data, tmp_path, capsys
+    script, moment, number, whole, tiny_base, tiny_data, tmp_path, capsys
 ) -> None:
     former = signal.signal(number, signal.default_int_handler)  # nohup ignores one
-    outputs = [output_of(script, tmp_path / name) for name in ("whole", "stopped")]
-    more = ["--epochs", 5, "--lr", 0.01, "--output"]
-    whole, stopped = (flags(tiny_base, tiny_data, *more, output) for output in outputs)
-    assert script.main(whole) is None
+    output = output_of(script, tmp_path)
+    stopped = flags(tiny_base, tiny_data, *LONG, output)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(moment, patch, number)
-        assert script.main(stopped) == 128 + number and not outputs[1].exists()
+        assert script.main(stopped) == 128 + number and not output.exists()
     assert signal.signal(number, former) is signal.default_int_handler
     assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     assert script.main([*stopped, "--resume"]) is None
-    assert same_bits(*outputs)
+    assert same_bits(whole[script], output)
 
 
 @pytest.fixture(scope="module")

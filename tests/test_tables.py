@@ -135,13 +135,13 @@ def test_a_file_is_read_without_guessing(name, content, expected, tmp_path: Path
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
 def test_files_of_windows_are_read(name: str, encoding: str, tmp_path: Path, capsys) -> None:
     """Only what is no Unicode is a guess, so its first line is named."""
-    texts = ["007"] * 50_000 + ["caf\u00e9 \u201cbon\u201d"]
+    texts = ["007"] * 1000 + ["caf\u00e9 \u201cbon\u201d"]
     rows = ({"sentence": text, "label": 0} for text in texts)
     content = objects(*rows) if name == "a.jsonl" else lines(TSV if name == "a.tsv" else CSV, texts)
     path = write(tmp_path / name, content.replace("\n", "\r\n").encode(encoding))
     assert [text for text, _ in read(path)] == texts
     found = capsys.readouterr().err
-    line = f"{path}: line {50_001 + (name != 'a.jsonl')} "
+    line = f"{path}: line {1001 + (name != 'a.jsonl')} "
     assert line in found if encoding == "cp1252" else found == ""
 
 

@@ -106,18 +106,20 @@ def test_the_record_has_settings_versions_machine_and_every_epoch(trained, tiny_
 
 
 CHILD = """
-import sys, torch, conftest
+import sys, lora_scratch, torch
 torch.set_num_threads(1)
-torch.save(conftest.logits(sys.argv[1]), sys.argv[2])
-conftest.lora_scratch.run(lambda: conftest.lora_scratch.main(["--dataset", "none.tsv"]))
+model = lora_scratch.load_checkpoint(sys.argv[1])[0].model
+torch.save(model(torch.arange(2, 30)[None]).logits, sys.argv[2])
+lora_scratch.run(lambda: lora_scratch.main(["--dataset", "none.tsv"]))
 """
 
 
 def test_a_fresh_process_gives_the_same_bits_and_a_mistake_is_one_line(trained, tmp_path) -> None:
     command = [sys.executable, "-c", CHILD, str(trained.path), str(tmp_path / "logits")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(trained.path))
+    own = load_checkpoint(trained.path)[0].model(torch.arange(2, 30)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits"), own)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert "none.tsv" in done.stderr and done.stderr.count("\n") == 1
 
