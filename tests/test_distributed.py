@@ -5,14 +5,9 @@ import shutil
 import subprocess
 import sys
 
-import lora_scratch
-
 import pytest
 import torch
-from conftest import NO_DROPOUT, SCRIPTS, flags
-from safetensors.torch import load_file
-
-from lora_peft import TENSORS_FILE
+from conftest import NO_DROPOUT, SCRIPTS, flags, output_of, tensors_of
 
 
 @pytest.mark.slow
@@ -29,15 +24,14 @@ def test_two_processes_follow_the_loss_path_of_one(script, tiny_base, tiny_data,
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     records, states, names = [], [], []
     for name, launcher in (("one", []), ("two", torchrun)):
-        output = tmp_path / name / ("a.pt" if script is lora_scratch else "a")
+        output = output_of(script, tmp_path / name)
         command = [script.__file__, *flags(base, data, *more, "--output", output)]
         done = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1:") == 1  # one process speaks for all
         records.append(json.loads((tmp_path / name / "a.json").read_text(encoding="utf-8")))
         states.append(torch.load(f"{output}.state", weights_only=True))
-        tensors = load_file(output / TENSORS_FILE) if output.is_dir() else torch.load(output)["state_dict"]
-        names.append(tensors.keys())
+        names.append(tensors_of(output).keys())
     assert names[0] == names[1]
     losses = [state["losses"] for state in states]
     assert len(losses[0]) == 9 and torch.allclose(*losses, rtol=0, atol=1e-5)

@@ -13,11 +13,10 @@ import lora_scratch
 import datasets
 import pytest
 import torch
-from conftest import PEFT, SCRATCH, without_notes
+from conftest import PEFT, ROOT, SCRATCH, without_notes
 from hub import Hub
 from safetensors.torch import load
 
-HERE = Path(lora_scratch.__file__).parent
 (MODEL, PINNED), OTHER, NEWEST = lora_scratch.DISTILBERT, "b" * 40, "c" * 40  # commits
 NOBODY = "http://127.0.0.1:9"
 QUESTION = ("I loved it", "I hated it")
@@ -55,7 +54,7 @@ class Place:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {"HF_ENDPOINT": url or self.hub.url, "HF_HOME": str(self.folder / cache)}
         environment |= {"NO_PROXY": "*", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # nobody else is asked
-        environment["PYTHONPATH"] = str(HERE)
+        environment["PYTHONPATH"] = str(ROOT)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, *map(str, words)]
         return subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
@@ -64,7 +63,7 @@ class Place:
         return self.start(lora_scratch.__file__, *arguments, **where)
 
     def ask(self, *arguments: object, **where: str) -> subprocess.Popen:
-        return self.start(HERE / "playground.py", *arguments, *QUESTION, **where)
+        return self.start(ROOT / "playground.py", *arguments, *QUESTION, **where)
 
     def in_turn(self, *calls: tuple[str, ...], **where: str) -> subprocess.Popen:
         """Several calls in one process, as imports take their time; its exit code is that of each."""

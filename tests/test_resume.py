@@ -17,26 +17,14 @@ import lora_scratch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, flags, refused, without_notes
+from conftest import ROOT, SCRIPTS, flags, output_of, refused, tensors_of, without_notes
 from safetensors.torch import load_file, save_file
 
 import lora_peft
-from lora_peft import TENSORS_FILE
-
-ROOT = Path(lora_scratch.__file__).parent
-
-
-def output_of(script, folder: Path) -> Path:
-    return folder / ("a.pt" if script is lora_scratch else "a")
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Of a result in either format."""
-    return torch.load(path)["state_dict"] if path.is_file() else load_file(path / TENSORS_FILE)
 
 
 def same_bits(one: Path, two: Path) -> bool:
-    first, second = tensors(one), tensors(two)
+    first, second = tensors_of(one), tensors_of(two)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import lora_scratch
 from lora_scratch import load_base, load_checkpoint, load_tables, make_parser, predict, tokenize
@@ -17,13 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SCRIPTS, SENTENCES, Run, flags, logits
+from conftest import ROOT, SCRIPTS, SENTENCES, Run, flags, load_result, logits, output_of
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import lora_peft
-
-ROOT = Path(lora_scratch.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +148,13 @@ def test_the_base_stays_and_what_has_moved_is_saved(
         states.append(copy.deepcopy(lora_peft.own_names(model.state_dict())))
 
     monkeypatch.setattr(script, "train", spy)
-    path = tmp_path / ("a.pt" if script is lora_scratch else "a")
+    path = output_of(script, tmp_path)
     more = ["--max-steps", 3, "--lr", 0.01, "--weight-decay", 0, "--precision", precision, "--output", path]
     script.main([*flags(tiny_base, tiny_data), *map(str, more), *freeze])
     before, after = states
     torch.manual_seed(42)
     start = load_base(str(tiny_base), None, ["0", "1"], 128)
-    load = load_checkpoint if script is lora_scratch else lora_peft.load_adapter
-    saved = lora_peft.own_names(load(path)[0].model.state_dict())
+    saved = lora_peft.own_names(load_result(path)[0].model.state_dict())
     temperature = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["temperature"]
     assert (temperature == 1) is bool(freeze)
     for name, tensor in after.items():
@@ -254,16 +250,3 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(script, own, spi
     command = [sys.executable, f"{script}.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stderr.strip() == repr(spins)
-
-
-@pytest.mark.slow
-def test_300_steps_on_real_sentences_learn_and_survive_the_file(real_base, sst2, tmp_path) -> None:
-    more = ["--max-steps", "300", "--lr", "0.001", "--label-names", "negative", "positive"]
-    run = Run(real_base, sst2, tmp_path / "a.pt", *more)
-    result = run.record["result"]
-    assert result["total"] == 872 and result["accuracy"] > 75
-    assert result["correct"] == run.record["epochs"][-1]["correct"]
-    torch.manual_seed(1)
-    first = logits(run.path)
-    torch.manual_seed(2)
-    assert torch.equal(logits(run.path), first)
