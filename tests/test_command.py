@@ -218,9 +218,7 @@ def test_an_output_without_the_right_to_write_is_refused(crowded: Path, monkeypa
 
 
 @SCRIPTS
-def test_the_next_run_replaces_its_result_and_nothing_else(
-    script, tiny_base: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_the_next_run_replaces_its_result_and_nothing_else(script, tiny_base, tiny_data, tmp_path) -> None:
     """Others may read the files, and a README in the folder stays."""
     umask = os.umask(0o022)
     arguments = flags(tiny_base, tiny_data, *SHORT, "--output", output_of(script, tmp_path), "--seed")
@@ -271,9 +269,7 @@ def test_a_run_holds_its_output_until_its_reader_has_enough(tiny_base, tiny_data
 
 
 @SCRIPTS
-def test_what_is_moved_together_is_found_from_anywhere(
-    script, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_what_is_moved_together_is_found(script, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     project, moved = tmp_path / "project", tmp_path / "moved"
     for name, source in (("base", tiny_base), ("data", tiny_data)):
         shutil.copytree(source, project / name)
@@ -371,9 +367,7 @@ def test_a_label_that_the_output_cannot_encode_does_not_end_the_run(monkeypatch)
 
 
 @SCRIPTS
-def test_a_name_that_starts_with_a_dash_is_written_and_asked(
-    script, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_name_may_start_with_a_dash(script, tiny_base, tiny_data, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     script.main([*flags(tiny_base, tiny_data, *SHORT), f"--output={output_of(script, Path(), '-x')}"])
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("ask it: "))
@@ -441,9 +435,7 @@ def test_a_bar_is_for_terminals(name, tiny_base, tiny_data, tmp_path: Path, monk
 
 
 @SCRIPTS
-def test_a_current_folder_that_is_gone_is_one_line(
-    script, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capfd
-) -> None:
+def test_a_current_folder_that_is_gone(script, tiny_base, tiny_data, tmp_path, monkeypatch, capfd) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

@@ -189,9 +189,7 @@ def test_a_folder_with_a_missing_or_broken_file_is_refused(name, content, adapte
         *(("of_tomorrow", 1), ("peft_type", "PROMPT_TUNING"), ("runtime_config", {})),
     ],
 )
-def test_settings_of_peft_that_are_not_written_here_are_refused(
-    key, value, adapter, tmp_path, recwarn
-) -> None:
+def test_settings_of_peft_alone_are_refused(key, value, adapter, tmp_path, recwarn) -> None:
     folder = rewritten(adapter, tmp_path, "adapter_config.json", lambda c: c.update({key: value}))
     refused(lambda: load_adapter(folder), folder, *([] if key == "peft_type" else [key]))
     assert recwarn.list == []
@@ -357,9 +355,7 @@ def fail_after(moved: int, folder: Path, patch: pytest.MonkeyPatch) -> list[str]
 
 
 @pytest.mark.parametrize("moved", range(5))
-def test_an_adapter_folder_that_is_half_new_is_noticed(
-    moved, adapter, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_a_folder_half_new_is_noticed(moved, adapter, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(adapter, tmp_path / "a")
     done = fail_after(moved, folder, monkeypatch)
     arguments = flags(tiny_base, tiny_data, *SHORT, "--seed", 7, "--output", folder)

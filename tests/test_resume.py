@@ -110,9 +110,7 @@ def test_other_settings_are_refused_by_name(flag, stopped, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["training data", "validation data", "fingerprint", "base_config"])
-def test_other_data_or_another_base_under_the_same_name_is_refused(
-    kind, stopped, tiny_base, tiny_data, tmp_path
-) -> None:
+def test_other_data_or_another_base_is_refused(kind, stopped, tiny_base, tiny_data, tmp_path) -> None:
     shutil.copy(f"{stopped[-1]}.state", tmp_path / "a.pt.state")
     base, data = (shutil.copytree(path, tmp_path / path.name) for path in (tiny_base, tiny_data))
     if kind == "fingerprint":
@@ -140,9 +138,7 @@ def test_no_state_is_the_start_and_a_finished_run_stays(tiny_base, tiny_data, tm
 
 
 @pytest.mark.parametrize("what", ["loss", "weight"])
-def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(
-    what, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_numbers_that_are_not_finite_end_the_run(what, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     cross_entropy, step, calls = F.cross_entropy, torch.optim.AdamW.step, []
 
     def loss(*args, **kwargs):
@@ -180,9 +176,7 @@ def child(name: str, arguments: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @SCRIPTS
-def test_stopped_at_20_random_moments_it_loses_nothing(
-    script, number, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_stopped_at_random_moments(script, number, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     """Each time a fresh run, hit between 30 and 90 % of an undisturbed one, then resumed."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     context = multiprocessing.get_context("forkserver")

@@ -38,16 +38,10 @@ QUOTED = ["one, two", 'say "no"', "two\nlines"]
 QUOTES = ['"quoted"', 'he said "no', '"', "it's", 'a ""double"" b', 'ends with "', "back\\slash"]
 
 
-def load_about(data: object, *more: object) -> tuple:
+def load(data: object, *more: object) -> tuple:
     """The training and the validation rows of a data set, and what is known about them."""
     flags = [str(flag) for flag in ("--dataset", data, *more)]
     return load_tables(lora_scratch.parse_flags(lora_scratch.make_parser("", "{}.pt"), flags))
-
-
-def load(data: object, *more: object) -> tuple:
-    """The training and the validation rows of a data set, and the names of its labels."""
-    train, validation, about = load_about(data, *more)
-    return train, validation, about["label_names"]
 
 
 def read(path: Path) -> list[list[str]]:
@@ -163,9 +157,9 @@ def save(kind: str, folder: Path, **features) -> Path:
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "json", "parquet", "disk"])
 def test_every_format_reads_alike(kind: str, tmp_path: Path) -> None:
     path = save(kind, tmp_path)
-    train, held, names = load(path)
+    train, held, about = load(path)
     rows = {row.Index: (row.text, row.label) for part in (train, held) for row in part.itertuples()}
-    assert rows == {i + 1: (f"film {i}", i % 2) for i in range(20)} and names == ["0", "1"]
+    assert rows == {i + 1: (f"film {i}", i % 2) for i in range(20)} and about["labels"] == ["0", "1"]
     refused(lambda: load(path, "--text-column", "review"), path, "review", "sentence, label")
     refused(lambda: load(path, "--label-column", "stars"), path, "stars", "sentence, label")
 
@@ -173,10 +167,11 @@ def test_every_format_reads_alike(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
 def test_classes_bring_their_names_and_their_order(kind: str, tmp_path: Path) -> None:
     path = save(kind, tmp_path, features=CLASSES)
-    train, _, names = load(path)
-    assert names == NAMES
+    train, _, about = load(path)
+    assert about["label_names"] == NAMES
     assert all(int(row.text.split()[1]) % 2 == row.label for row in train.itertuples())
-    assert load(path, "--label-names", "bad", "so so", "good")[2] == ["bad", "so so", "good"]
+    given = load(path, "--label-names", "bad", "so so", "good")[2]
+    assert given["label_names"] == ["bad", "so so", "good"]
 
 
 def test_a_pandas_index_changes_no_row(tmp_path: Path) -> None:
@@ -358,8 +353,8 @@ def test_class_names_of_any_kind_are_taken_or_refused(names, expected, tmp_path:
     path = tmp_path / "a.parquet"
     parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
     if expected:
-        train, held, found = load(path)
-        assert found == expected and len(train) + len(held) == 20
+        train, held, about = load(path)
+        assert about["label_names"] == expected and len(train) + len(held) == 20
     else:
         refused(lambda: load(path), path)
 
@@ -396,8 +391,8 @@ def test_no_held_out_text_is_trained_on_and_every_label_is(seed: int, tmp_path: 
     """A text with several labels is trained on, so that none of them can be lost."""
     rows = "".join(f"film {i % 24},{i % 3}\n" for i in range(240))  # one label each, ten times
     rows += "film 3,rare\nfilm 4,rare\nonly,rarer\nfilm 5,rarer\nfilm 6,shared\nfilm 6,0\n"
-    train, held, names = load(write(tmp_path / "a.csv", CSV + rows), "--seed", seed)
-    assert not {*train["text"]} & {*held["text"]} and {*train["label"]} == set(range(len(names)))
+    train, held, about = load(write(tmp_path / "a.csv", CSV + rows), "--seed", seed)
+    assert not {*train["text"]} & {*held["text"]} and {*train["label"]} == set(range(len(about["labels"])))
     assert len(train) + len(held) == 246 and held["text"].nunique() == 3
     shared = CSV + "".join(f"film {i % 24},{i % 5}\n" for i in range(240))  # five labels each
     refused(lambda: load(write(tmp_path / "b.csv", shared)), "b.csv")
@@ -437,7 +432,7 @@ def test_training_samples_are_drawn_by_seed(tmp_path: Path) -> None:
 )
 def test_labels_are_whole_numbers_or_words(labels, names, numbers, tmp_path: Path) -> None:
     given = ["--label-names", *names] if "good" in names else []
-    train, validation, about = load_about(labelled(tmp_path / "SST-2", labels), *given)
+    train, validation, about = load(labelled(tmp_path / "SST-2", labels), *given)
     assert list(train["label"]) == list(validation["label"]) == numbers
     own = ["0", "1", "2"] if given else names
     assert about == {"labels": own, "label_names": names, "text_column": "sentence", "label_column": "label"}
@@ -584,8 +579,9 @@ def test_a_data_set_of_the_hub_brings_splits_and_names(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in (lora_scratch.GLUE[0], "some/set"):
-        train, validation, names = load(name)
-        assert list(train["label"]) == list(validation["label"]) == TABLE["label"] and names == NAMES
+        train, validation, about = load(name)
+        assert list(train["label"]) == list(validation["label"]) == TABLE["label"]
+        assert about["label_names"] == NAMES
     assert asked == [lora_scratch.GLUE, ("some/set", None, None)]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, SCRIPTS, SENTENCES, Run, flags, load_result, logits, output_of
+from conftest import NO_DROPOUT, ROOT, SCRIPTS, SENTENCES, Run, flags, load_result, logits, output_of
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -250,3 +250,32 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(script, own, spi
     command = [sys.executable, f"{script}.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stderr.strip() == repr(spins)
+
+
+@pytest.mark.slow
+@SCRIPTS
+def test_two_processes_follow_the_loss_path_of_one(script, tiny_base, tiny_data, tmp_path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | NO_DROPOUT), encoding="utf-8")
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    rows = (data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    # 27 sentences in batches of 13: the last has one, of which the second process gets nothing.
+    (data / "train.tsv").write_text("".join(rows[:28]), encoding="utf-8")
+    more = ["--batch-size", 13, "--dropout", 0, "--epochs", 3, "--lr", 0.01, "--threads", 1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    records, states = [], []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        output = output_of(script, tmp_path / name)
+        command = [script.__file__, *flags(base, data, *more, "--output", output)]
+        done = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 1:") == 1  # one process speaks for all
+        records.append(json.loads((tmp_path / name / "a.json").read_text(encoding="utf-8")))
+        states.append(torch.load(f"{output}.state", weights_only=True))
+    losses = [state["losses"] for state in states]
+    assert len(losses[0]) == 9 and torch.allclose(*losses, rtol=0, atol=1e-5)
+    assert records[0]["result"]["confusion"] == records[1]["result"]["confusion"]
+    for one, two in zip(records[0]["epochs"], records[1]["epochs"], strict=True):
+        assert one["total"] == two["total"] == 10
+        assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-4)
