@@ -25,8 +25,8 @@ from pathlib import Path
 
 # isort: off
 # Before PyTorch: it sets how its threads wait.
-from lora_scratch import Base, InputError, find_targets, last_name, load_base, predict
-from lora_scratch import TrainingState, calibrate, describe, evaluate, finish, run, speed_up, train
+from lora_scratch import Base, InputError, cross_validate, find_targets, load_base, predict
+from lora_scratch import TrainingState, calibrate, describe, finish, run, speed_up, train
 from lora_scratch import check_output, choose_recipe, make_parser, parse_flags, prepare_machine
 from lora_scratch import adapter_facts, find_trained_base, load_tables, tensors_to_save, tokenize
 from lora_scratch import FORMAT, check_facts, copy_all, load_checkpoint, save_checkpoint
@@ -37,6 +37,7 @@ from lora_scratch import refusing, seen_from, seen_from_here, write_folder
 if not find_spec("peft"):
     ArgumentParser().exit(2, "error: peft missing; run ./setup.sh, then source .venv/bin/activate\n")
 import peft
+import torch
 from torch import Tensor
 
 FACTS_FILE = "lora_peft.json"  # what a checkpoint says beside its tensors
@@ -48,12 +49,12 @@ MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_ver
 
 
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
-    """PEFT's configuration for the same adapter; PEFT's own guesses match names by suffix."""
+    """PEFT's configuration of the same adapter; by itself it matches names by suffix."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
     wrapped = find_targets(base.model, base.head, facts["targets"])
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
     name = os.path.abspath(facts["base"]) if os.path.exists(facts["base"]) else facts["base"]
-    namesakes = [path for path in paths if last_name(path) in facts["targets"]]
+    namesakes = [path for path in paths if path.split(".")[-1] in facts["targets"]]
     return peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         base_model_name_or_path=name,
@@ -95,7 +96,27 @@ def own_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 # === The run ========================================================
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[Base, TrainingState]:
+    """Train an adapter on some rows; judge every epoch by others."""
+    device, dtype = machine
+    torch.manual_seed(args.seed)
+    base = load_base(args.model, args.revision, about["label_names"], args.max_length)
+    train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
+    eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
+
+    wrapped = find_targets(base.model, base.head, args.targets)
+    facts = adapter_facts(args, base, about, wrapped)
+    adapter = wrap(base, make_config(base, facts, args.use_dora), not args.freeze_head)
+    model = speed_up(base, dtype).to(device)  # with PEFT's layers in it
+    record = describe(args, own_names(dict(model.named_parameters())), base.head, wrapped, dtype)
+    record["versions"]["peft"] = peft.__version__
+
+    state = TrainingState(args, model, facts, record, train_set, eval_set)
+    train(model, train_set, eval_set, args, state)
+    return replace(base, model=adapter), state
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "model/lora_peft_{}")
     add = parser.add_argument_group("PEFT").add_argument
     add("--use-dora", action="store_true", help="weight-decomposed LoRA, with PEFT alone")
@@ -106,42 +127,30 @@ def main(argv: list[str] | None = None) -> int | None:
         return convert(args)
     args = parse_flags(parser, argv)
     check_output(args, is_file=False)
-    device, dtype = prepare_machine(args)
+    device, dtype = machine = prepare_machine(args)
     train_rows, eval_rows, about = load_tables(args)
     args = choose_recipe(args, len(train_rows), len(about["labels"]))
-    base = load_base(args.model, args.revision, about["label_names"], args.max_length)
-    train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
-    eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
+    unseen = cross_validate(fit, args, machine, about, train_rows) if args.folds else None
 
-    wrapped = find_targets(base.model, base.head, args.targets)
-    facts = adapter_facts(args, base, about, wrapped)
-    adapter = wrap(base, make_config(base, facts, args.use_dora), not args.freeze_head)
-    model = speed_up(base, dtype).to(device)  # into which PEFT has put its layers
-    record = describe(args, own_names(dict(model.named_parameters())), base.head, wrapped, dtype)
-    record["versions"]["peft"] = peft.__version__
-
-    state = TrainingState(args, model, facts, record, (train_set, eval_set))
-    train(model, train_set, eval_set, args, state)
-    if not state.leave_group():
-        return state.exit_code
-
-    record["temperature"] = calibrate(model, eval_set)
-    save_adapter(args.output, adapter, base, facts | {"record": record})
+    base, state = fit(args, machine, about, train_rows, eval_rows)
+    rows, logits = unseen or (eval_rows, predict(state.model, state.eval_set, 32))
+    state.record["temperature"] = calibrate(state.model, logits, rows["label"])
+    save_adapter(args.output, base, state.facts | {"record": state.record})
     reloaded, _ = load_adapter(args.output)
-    _, confusion = evaluate(speed_up(reloaded, dtype).to(device), eval_set, 2 * args.batch_size)
-    finish(args, record, confusion, about["label_names"])
+    model = speed_up(reloaded, dtype).to(device)
+    finish(args, state.record, about, *(unseen or (eval_rows, predict(model, state.eval_set, 32))))
 
 
 # === Files ==========================================================
 
 
-def save_adapter(folder: Path, adapter: peft.PeftModel, base: Base, facts: dict) -> None:
+def save_adapter(folder: Path, adapter: Base, facts: dict) -> None:
     """A standard adapter folder with the tokenizer and our facts."""
 
     def write(temporary: Path) -> None:
-        adapter.save_pretrained(temporary, save_embedding_layers=False)
+        adapter.model.save_pretrained(temporary, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
-        base.tokenizer.save_pretrained(temporary)
+        adapter.tokenizer.save_pretrained(temporary)
         written = seen_from(folder, facts) | {"format": FORMAT, "tensors": digest_of(temporary)}
         text = json.dumps(written, indent=1)
         (temporary / FACTS_FILE).write_text(text, encoding="utf-8")
@@ -184,7 +193,7 @@ def load_adapter(folder: str | Path, base_name: str | None = None, merge=False) 
 
 
 def plain(config: peft.PeftConfig) -> dict:
-    """PEFT's settings, with sets and lists in one order."""
+    """PEFT's settings, sets and lists in order."""
     several = {k: v for k, v in vars(config).items() if isinstance(v, (set, list))}
     return config.to_dict() | {k: sorted(map(str, v)) for k, v in several.items()}
 
@@ -207,7 +216,7 @@ def convert(args: Namespace) -> None:
         base = find_trained_base(facts, args.model)
         adapter = wrap(base, make_config(base, facts))
         copy_all(tensors, tensors_to_save(own_names(base.model.state_dict()), base.head))
-        save_adapter(args.output, adapter, base, facts)
+        save_adapter(args.output, replace(base, model=adapter), facts)
         converted, _ = load_adapter(args.output, args.model)
     else:
         source, facts = load_adapter(args.export_scratch, args.model)

@@ -5,7 +5,7 @@ python playground.py                                  # a prompt
 python playground.py --explain "It is not bad."       # which words carried the decision
 cat reviews.txt | python playground.py                # one sentence a line
 python playground.py --file new.csv --output out.csv  # the same table with its answers
-python playground.py --file test.csv --label-column about  # how good; of several --model, which is best
+python playground.py --file test.csv --label-column about  # how good; which is best
 python playground.py --web                            # a page on this machine
 python playground.py --model a.pt --glue SST-2.tsv    # GLUE's submission
 python playground.py --model a.pt --export FOLDER     # for transformers.pipeline
@@ -110,7 +110,7 @@ def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iter
         table = read_file(args.file)
         column = choose_text(models, args, table)
         found = read_rows(args.file, table, column)["text"]  # without the blank ones
-        texts = [*texts, *found.reindex(range(1, len(table) + 1), fill_value="")]
+        texts = [*texts, *found.reindex(table.index + 1, fill_value="")]
     elif args.file or not texts:
         is_input = args.file in (None, Path("-"))
         name = "standard input" if is_input else args.file
@@ -191,9 +191,9 @@ def classify(model: Model, texts: list[str], args: Namespace) -> list[dict]:
         return answers
     found, encoded = probabilities(model, [answer["text"] for answer in asked])
     for i, (answer, row) in enumerate(zip(asked, found.tolist(), strict=True)):
-        is_sure = 100 * max(row) >= args.unsure
-        answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
         answer["probabilities"] = dict(zip(model.label_names, (round(p, 6) for p in row), strict=True))
+        is_sure = surest(answer) >= args.unsure / 100
+        answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
         if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
             answer["cut"] = True
         if args.explain:
@@ -272,10 +272,16 @@ def judge(models: list[Model], args: Namespace) -> None:
     columns = find_columns(args.file, table, choose_text(models, args, table), args.label_column)
     rows = read_rows(args.file, table, *columns)  # the index is the row in the file
     given = [translate_labels(model, rows["label"], args) for model in models]
-    right = {}
-    for model, labels in zip(models, given, strict=True):
-        answers = [found for chunk in chunks(rows["text"]) for found in classify(model, chunk, args)]
-        judged = pandas.DataFrame(answers, rows.index).fillna({"cut": False}).assign(given=labels)
+    texts, right = rows["text"], {}
+    if args.output:
+        with redirect_stderr(io.StringIO()):  # noted
+            texts = read_rows(args.file, table, columns[0])["text"]
+        texts = texts.reindex(table.index + 1, fill_value="")
+        answers = write_answers(models, args, (chunks(texts), table), given)
+    else:
+        answers = [[one for chunk in chunks(texts) for one in classify(m, chunk, args)] for m in models]
+    for model, labels, found in zip(models, given, answers, strict=True):
+        judged = pandas.DataFrame(found, texts.index).loc[rows.index].assign(given=labels)
         print_judgement(model, judged, args)
         right[model.name] = judged["label"] == judged["given"]
     for one, other in combinations(right, 2):
@@ -308,7 +314,7 @@ def translate_labels(model: Model, labels, args: Namespace):
         note(f"{args.file}: {listed([*reading])} are read as {listed([*reading.values()])}")
     unknown = counts[~counts.index.isin(reading)].sort_index()
     shown = listed([f"{label} ({count})" for label, count in unknown.items()])
-    what = f"{args.file}: {unknown.sum():,} rows have labels unknown to {model.name}: {shown}"
+    what = f"{args.file}: labels unknown to {model.name}, {unknown.sum():,} in all: {shown}"
     if unknown.sum() > len(labels) / 2:
         raise InputError(f"{what}; it knows {listed(names)}; see --label-column")
     if len(unknown):
@@ -317,25 +323,48 @@ def translate_labels(model: Model, labels, args: Namespace):
 
 
 def print_judgement(model: Model, judged, args: Namespace) -> None:
-    """Print the surest mistakes, each label and the accuracy, or JSON."""
-    sure = judged[judged["label"] != UNSURE] if args.unsure else judged
-    names = list(dict.fromkeys([*model.label_names, *sure["given"]]))
-    counts = sure.groupby(["given", "label"]).size().unstack().reindex(index=names, columns=names)
-    confusion = torch.tensor(counts.fillna(0).to_numpy(int))
-    wrong = sure[sure["label"] != sure["given"]].rename_axis("row").reset_index().to_dict("records")
+    """Print mistakes, thresholds, labels and accuracy, or JSON."""
+    from pandas import crosstab, json_normalize
+
+    names = [*dict.fromkeys([*model.label_names, *judged["given"]])]
+    answers = [*names, UNSURE] if args.unsure else names
+    counts = crosstab(judged["given"], judged["label"])
+    confusion = torch.tensor(counts.reindex(names, columns=answers, fill_value=0).to_numpy())
+    sure = judged[judged["label"].isin(names)]
+    errors = sure[sure["label"] != sure["given"]].fillna({"cut": False})
+    wrong = errors.rename_axis("row").reset_index().to_dict("records")
     wrong.sort(key=surest, reverse=True)
-    unsure = len(judged) - len(sure)
+    best = judged["probabilities"].map(lambda p: max(p, key=p.get))
+    fate = (best == judged["given"]).map({True: "found", False: "missed"})
+    probability, tried = judged.apply(surest, axis=1), []
+    is_asked = args.unsure or len(model.label_names) == 2
+    limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure} if is_asked else ()
+    for limit in sorted(limits):
+        fates = crosstab(judged["given"], fate.where(probability >= limit / 100, UNSURE))
+        fates = fates.reindex(names, columns=["found", "missed", UNSURE], fill_value=0)
+        right, missed, _ = map(int, fates.sum())
+        tried.append({"unsure_below": limit, "answered": right + missed, "right": right})
+        tried[-1] |= {"given": fates.to_dict("index")}
     if args.json:
-        found = {"model": model.name, "correct": 0, "total": 0, "unsure": unsure}
+        found = {"model": model.name, "correct": 0, "total": 0, "unsure": len(judged) - len(sure)}
         found |= score(confusion) if len(sure) else {}
-        found |= {"label_names": names, "confusion": confusion.tolist()}
+        found |= {"label_names": names, "confusion": confusion.tolist(), "thresholds": tried}
         return print(json.dumps(found | {"surest_mistakes": wrong[:10]}))
-    print(f"{model.name}: {len(judged):,} sentences, {unsure:,} unsure, {len(wrong):,} wrong, the surest:")
+    told = f"{len(judged) - len(sure):,} unsure, {len(wrong):,} wrong, the surest (a header is row 1)"
+    print(f"{model.name}: {len(judged):,} sentences, {told}:")
     for one in wrong[:10]:  # or the label is wrong
         label, given, text = (visible(one[key], 80) for key in ("label", "given", "text"))
         print(f"  row {one['row']}, given {given}, answered {label} {100 * surest(one):.1f} % | {text}")
+    if tried:
+        table = json_normalize(tried, sep=" ")
+        table.insert(3, "right, %", (100 * table.right / table.answered).round(1))
+        table = table.astype(object).T[: 4 if len(names) > 10 else None]
+        print(table.rename(visible).to_string(header=False, na_rep="-"))
+    if len(names) > 10 and wrong:
+        pairs = errors[["given", "label"]].map(visible).value_counts()[:10]
+        print(pairs.rename_axis(["given", "answered"]).to_string())
     if len(sure):
-        print(report_labels(confusion, names))
+        print(report_labels(confusion, names) + ", of the answered" * (len(sure) < len(judged)))
 
 
 def sign_test(one: int, other: int) -> float:
@@ -345,11 +374,12 @@ def sign_test(one: int, other: int) -> float:
     return min(1.0, 2 * coins.log_prob(fewer).exp().sum().item())
 
 
-def write_answers(models: list[Model], args: Namespace) -> None:
-    """Write every row as it was, with each model's label and probability."""
+def write_answers(models: list[Model], args: Namespace, whole=None, given=()) -> list:
+    """Write every row with each model's answer; return those to judge."""
     import pandas
 
-    texts, table = read_texts(models, args)
+    texts, table = whole or read_texts(models, args)
+    kept = [[] for _ in given]
     come_later = table is None and ending(args.output) != ".tsv"  # it refuses tabs
     if table is None:
         texts = texts if come_later else list(texts)
@@ -362,13 +392,19 @@ def write_answers(models: list[Model], args: Namespace) -> None:
             if come_later:
                 piece = pandas.DataFrame({"text": chunk}, dtype=str)
             start += len(chunk)
-            for model in models:
-                names = ["label", "probability"]
+            for i, model in enumerate(models):
+                names = ["label", "probability", "agrees"][: 3 if given else 2]
                 if len(models) > 1:
                     names = [f"{name} {model.name}" for name in names]
                 while table.columns.isin(names).any():
                     names = [f"model_{name}" for name in names]
-                answers = [(one["label"], surest(one)) for one in classify(model, chunk, args)]
+                found = classify(model, chunk, args)
+                answers = [[one["label"], surest(one)] for one in found]
+                if given:
+                    kept[i] += found
+                    labels = given[i].reindex(piece.index + 1, fill_value="")
+                    for one, label in zip(answers, labels, strict=True):
+                        one.append(one[0] == label if label else None)
                 answers = pandas.DataFrame(answers, piece.index, names, dtype=object)
                 piece = pandas.concat([piece, answers], axis=1)
             yield piece
@@ -382,7 +418,8 @@ def write_answers(models: list[Model], args: Namespace) -> None:
             raise InputError(f"--output {args.output} exists by now; name a new file")
 
     write_file(args.output, write)
-    print(f"saved {args.output}")
+    print(f"saved {args.output}", file=sys.stderr if args.json else sys.stdout)
+    return [one[len(table) :] for one in kept]  # without the trial's
 
 
 def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
@@ -430,7 +467,7 @@ def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
         schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
         if ending(args.file) == ".parquet":
             schema = parquet.read_schema(args.file)
-        kinds = cycle(["string", "float64"])  # of the answers: label, probability
+        kinds = cycle(["string", "float64", "bool"][: 3 if args.label_column else 2])
         for name, kind in zip(next(pieces).columns[len(schema) :], kinds, strict=False):
             schema = schema.append(pyarrow.field(name, kind))
         writer = parquet.ParquetWriter(path, schema)
@@ -529,7 +566,7 @@ def export(models: list[Model], args: Namespace) -> None:
 
 
 JOBS = {  # what replaces printing the answers, and the other flags that go with it
-    "label_column": (judge, {"file", "text_column", "unsure", "json"}),
+    "label_column": (judge, {"file", "text_column", "unsure", "json", "output"}),
     "output": (write_answers, {"file", "text_column", "unsure"}),
     "glue": (write_glue, {"file", "text_column"}),
     "web": (serve, {"text_column", "unsure", "explain"}),
@@ -545,6 +582,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
     if sys.stdout.isatty() and not args.json:
         print(*map(describe_model, models), sep="\n")
+    if args.explain and not (job or args.json):
+        note("after a word: points of probability lost without it")
     if job:
         JOBS[job][0](models, args)
     elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():

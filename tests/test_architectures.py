@@ -73,7 +73,7 @@ def calibrated(model: nn.Module) -> float:
     tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
     before = predict(model, tokens, 4)
     tokens.labels = before.argmin(dim=1)
-    temperature = calibrate(model, tokens)
+    temperature = calibrate(model, before, tokens.labels)
     assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
     return temperature
 
@@ -102,5 +102,5 @@ def test_the_temperature_never_goes_into_an_adapter(tiny_base, tiny_data, tmp_pa
     base = with_tokenizer(tmp_path / "base", tiny_base, encoder("xlm-roberta"))
     more = ["--r", 2, "--lr", 0.05, "--max-length", 100, *QUERY, "--output", tmp_path / "a"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_peft, "calibrate", lambda model, _: calibrated(model))
+        patch.setattr(lora_peft, "calibrate", lambda model, *_: calibrated(model))
         lora_peft.main(flags(base, tiny_data, *more, "--max-steps", 2))

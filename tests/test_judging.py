@@ -10,6 +10,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import lora_scratch
@@ -48,18 +49,72 @@ def judge(table: Path, *more: object, column: str = "label") -> list[dict]:
 
 def test_judging_gives_the_counts_the_interval_and_the_surest_mistakes(here, tmp_path) -> None:
     wrong = [("a warm and funny film", "negative"), ("I hated it", "positive")]
-    table = write_csv(tmp_path / "t.csv", [*ROWS, ("  ", "positive"), *wrong], ("text", "about"))
+    table = write_csv(tmp_path / "t.csv", [*ROWS, (" \n ", "positive"), *wrong], ("text", "about"))
     said = ask(*HERE, table, "--label-column", "about").splitlines()
     assert "LoRA_scratch" in said[0] and "12 sentences" in said[0]
     mistakes = [re.search(r"row (\d+), given (\w+), answered (\w+)", line).groups() for line in said[1:3]]
-    assert sorted(mistakes) == [("12", "negative", "positive"), ("13", "positive", "negative")]
+    assert sorted(mistakes) == [("13", "negative", "positive"), ("14", "positive", "negative")]
     assert "| a warm and funny film" in "\n".join(said[1:3])
     assert "83.33 % (10/12), 95 % between 55 and 95" in said[-1] and "macro-F1 83.3 %" in said[-2]
     (found,) = judge(table, column="about")
     assert (found["correct"], found["total"], found["unsure"]) == (10, 12, 0)
     assert found["confusion"] == [[5, 1], [1, 5]] and found["label_names"] == ["negative", "positive"]
     sure = {one["row"]: one["probabilities"][one["label"]] for one in found["surest_mistakes"]}
-    assert list(sure.values()) == sorted(sure.values(), reverse=True) and sure.keys() == {12, 13}
+    assert list(sure.values()) == sorted(sure.values(), reverse=True) and sure.keys() == {13, 14}
+
+
+def judged_by_hand(capsys, rows: list[list[float]], given: list[str], names: list[str], unsure=0) -> tuple:
+    """The words of every line, and the JSON, of a model that gives these probabilities."""
+    found = [dict(zip(names, row, strict=True)) for row in rows]
+    labels = [max(row, key=row.get) if 100 * max(row.values()) >= unsure else "unsure" for row in found]
+    judged = pandas.DataFrame({"text": "a", "label": labels, "given": given, "probabilities": found})
+    said, model = [], SimpleNamespace(name="m", label_names=names)
+    for form in (False, True):
+        playground.print_judgement(model, judged, SimpleNamespace(unsure=unsure, json=form))
+        said.append(capsys.readouterr().out)
+    return [line.split() for line in said[0].splitlines()], json.loads(said[1])
+
+
+def test_thresholds_and_recall_count_every_row_of_a_label(capsys) -> None:
+    rows = [[0.9, 0.1], [0.6, 0.4], [0.75, 0.25], [0.8, 0.2], [0.03, 0.97], [0.45, 0.55]]
+    words, found = judged_by_hand(capsys, rows, [*"aabbbb"], ["a", "b"], 80)
+    tried = {one["unsure_below"]: one for one in found["thresholds"]}
+    answered = {limit: (one["answered"], one["right"]) for limit, one in tried.items()}
+    assert [answered[limit] for limit in (0, 60, 80, 99)] == [(6, 4), (5, 3), (3, 2), (0, 0)]
+    fates = {"a": {"found": 1, "missed": 0, "unsure": 1}, "b": {"found": 1, "missed": 1, "unsure": 2}}
+    assert tried[80]["given"] == fates and found["confusion"] == [[1, 0, 1], [1, 1, 2]]
+    shown = ["given", "b", "unsure", *(str(one["given"]["b"]["unsure"]) for one in tried.values())]
+    assert shown in words and ["a", "50.0", "50.0", "50.0", "2", "1", "0", "1"] in words
+    assert ["b", "100.0", "25.0", "40.0", "4", "1", "1", "2"] in words  # its recall is of four rows
+    assert (found["correct"], found["total"], found["macro_f1"]) == (2, 3, pytest.approx(45))
+    assert judged_by_hand(capsys, rows, [*"aabbbb"], ["a", "b"])[1]["thresholds"]
+    assert not judged_by_hand(capsys, [[0.5, 0.3, 0.2]], ["a"], [*"abc"])[1][
+        "thresholds"
+    ]  # who asks gets them
+
+
+def test_of_many_labels_the_worst_and_the_commonest_mistakes_are_shown_by_whole_names(capsys) -> None:
+    names = [f"transfer_not_received_by_{i}" for i in range(30)]
+    right, wrong = [(i, i) for i in range(30)] * 3, [(5, 7)] * 4 + [(20, 9)] * 2
+    rows = [[float(i == best) for i in range(30)] for _, best in right + wrong]
+    words, _ = judged_by_hand(capsys, rows, [names[given] for given, _ in right + wrong], names)
+    place = words.index([names[5], names[7], "4"])
+    assert words[place + 1] == [names[20], names[9], "2"]
+    worst = [row[0] for row in words if len(row) == 5 and row[0] in names]
+    assert worst[:4] == [names[i] for i in (5, 7, 9, 20)] and len(worst) == 10
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_judging_writes_every_row_its_answer_and_whether_it_agrees(suffix, here, tmp_path, capsys) -> None:
+    rows = [*PAIRS, (GOOD.split("|")[0], 0), ("", 1), ("I hated it", ""), ("I loved it", 7)]
+    table, output = write_csv(tmp_path / "t.csv", rows), tmp_path / f"a{suffix}"
+    (found,) = judge(table, "--output", output)
+    assert (found["correct"], found["total"]) == (10, 12) and output.name in capsys.readouterr().err
+    written = getattr(pandas, f"read_{suffix[1:]}")(output)
+    assert written["text"].fillna("").tolist() == [text for text, _ in rows]
+    agrees = written["model_agrees"].astype(object)
+    assert agrees.where(agrees.notna(), None).tolist() == [True] * 10 + [False, None, None, False]
+    assert written["model_label"][12] == "negative" and written["model_label"].isna().sum() == 1
 
 
 def test_numbers_are_the_labels_in_their_order_as_in_training(here, tiny_data, capsys) -> None:
@@ -119,9 +174,7 @@ MINUS = ["-1", "1"]
         ({"labels": ["0", "1"], "label_names": ["1", "2"]}, ["1", "2"], 10),
     ],
 )
-def test_labels_are_those_of_the_training_table_or_names_or_places(
-    facts, written, right, here, tmp_path, capsys
-) -> None:
+def test_labels_are_of_training_or_names_or_places(facts, written, right, here, tmp_path, capsys) -> None:
     model, calls = with_facts(tmp_path / "a.pt", **facts), {"negative": written[0], "positive": written[1]}
     rows = [(text, calls[label]) for text, label in ROWS if calls[label]]
     table = write_csv(tmp_path / "t.csv", rows)
@@ -157,9 +210,7 @@ def test_the_text_is_the_column_of_the_training(here, tmp_path, capsys) -> None:
         ("../gone", "train.csv", False),
     ],
 )
-def test_the_data_of_the_training_are_known_from_anywhere(
-    data, file, noted, here, tmp_path, monkeypatch, capsys
-) -> None:
+def test_training_data_are_known_anywhere(data, file, noted, here, tmp_path, monkeypatch, capsys) -> None:
     model = with_facts(tmp_path / "model" / "a.pt", data=data)
     table = tmp_path / "shop" / file
     table.parent.mkdir(parents=True)
@@ -200,9 +251,7 @@ def test_the_sign_test_is_exact(one, other) -> None:
     assert playground.sign_test(20_000, 20_400) == pytest.approx(normal, rel=1e-3)
 
 
-def test_two_models_are_compared_on_the_rows_that_they_answer_differently(
-    here, tiny_base, tiny_data, tmp_path
-) -> None:
+def test_two_models_are_compared_where_they_differ(here, tiny_base, tiny_data, tmp_path) -> None:
     other = tmp_path / "b.pt"  # which answers one label
     more = ["--max-steps", 1, "--lr", 0, "--label-names", "negative", "positive", "--output", other]
     lora_scratch.main(flags(tiny_base, tiny_data, *more))
@@ -273,9 +322,7 @@ LATE = datetime.datetime(9999, 12, 31, 23, tzinfo=datetime.UTC)  # in Tokyo ther
         ("t.jsonl", 2**70, "a.parquet"),
     ],
 )
-def test_what_the_last_row_cannot_be_written_as_is_refused_before_the_first_is_answered(
-    name, last, output, here, tmp_path, monkeypatch
-) -> None:
+def test_a_bad_last_row_is_refused_at_once(name, last, output, here, tmp_path, monkeypatch) -> None:
     table, asked, day = tmp_path / name, Mock(), pyarrow.timestamp("us", "Asia/Tokyo")
     rows = [{"text": f"{i} I loved it", "n": None} for i in range(1500)] + [{"text": "a film", "n": last}]
     if name == "t.parquet":
@@ -297,9 +344,8 @@ def test_json_lines_keep_their_values_and_what_is_missing_stays_missing(here, tm
     ask(*HERE, table, "--output", tmp_path / "a.jsonl")
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
     answers = [(row.pop("label"), row.pop("probability")) for row in found]
-    assert (
-        json.dumps(found) == json.dumps(rows) and answers[0][0] == "positive" and answers[3] == (None, None)
-    )
+    assert json.dumps(found) == json.dumps(rows)
+    assert answers[0][0] == "positive" and answers[3] == (None, None)
     ask(*HERE, table, "--output", tmp_path / "a.csv")
     assert read_csv(tmp_path / "a.csv")[2] == ["", "", "", "", "", ""]
 
@@ -343,13 +389,9 @@ def test_lines_become_a_table_in_little_memory(suffix, here, tmp_path, monkeypat
     ask("--model", PEFT, *HERE, table, "--output", output)
     assert (taken == lines and max(b - a for a, b in itertools.pairwise(seen)) <= 1024) or suffix == ".tsv"
     options = {".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}, ".jsonl": {"lines": True}}.get(suffix, {})
-    readers = dict(
-        zip(playground.ENDINGS, ("read_csv", "read_csv", "read_json", "read_parquet"), strict=True)
-    )
-    found = getattr(pandas, readers[suffix])(output, **options)
-    names = [
-        f"{what} {model}" for model in ("LoRA_peft", "LoRA_scratch") for what in ("label", "probability")
-    ]
+    reader = {".jsonl": "read_json", ".parquet": "read_parquet"}.get(suffix, "read_csv")
+    found = getattr(pandas, reader)(output, **options)
+    names = ["label LoRA_peft", "probability LoRA_peft", "label LoRA_scratch", "probability LoRA_scratch"]
     assert found.columns.tolist() == ["text", *names] and found["text"].tolist() == lines
     assert found["probability LoRA_scratch"].between(0.5, 1).all()
 
@@ -380,7 +422,7 @@ def test_a_full_gpu_is_no_mistake_in_the_table(here, tmp_path, monkeypatch) -> N
         ("--file t.csv --output there.csv", ["there.csv"]),
         ("--file t.csv --output a.txt", ["a.txt", ".csv"]),
         ("--file t.csv --output no_folder.txt/a.csv", ["no_folder.txt"]),
-        ("--file t.csv --output a.csv --label-column label", ["--output", "--label-column"]),
+        ("--file t.csv --output there.csv --label-column label", ["there.csv"]),
         ("--file t.csv --output a.csv --json", ["--output", "--json"]),
         ("--file t.csv --output a.csv sentence", ["--output", "sentences"]),
         ("--output a.csv", ["a.csv", "--file"]),
@@ -393,9 +435,7 @@ def test_a_full_gpu_is_no_mistake_in_the_table(here, tmp_path, monkeypatch) -> N
         ("--out a.csv", ["--out"]),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused_before_a_model_is_loaded(
-    arguments, named, here, tmp_path, monkeypatch
-) -> None:
+def test_flags_that_clash_are_refused_before_any_work(arguments, named, here, tmp_path, monkeypatch) -> None:
     model = str(here / SCRATCH)
     monkeypatch.chdir(tmp_path)
     write_csv(Path("t.csv"), ROWS)

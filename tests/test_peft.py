@@ -48,7 +48,10 @@ def adapter(tiny_base, tiny_data, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("more", [[], ["--freeze-head"], ["--targets", "all-linear", "--use-rslora"]])
+OTHER = ["--targets", "all-linear", "--use-rslora", "--contrast", 1]
+
+
+@pytest.mark.parametrize("more", [[], ["--freeze-head", "--contrast", 1], OTHER])
 def test_both_scripts_lose_alike_from_one_start(more, tiny_base, tiny_data, tmp_path) -> None:
     found = run_both(flags(tiny_base, tiny_data, "--lr", 0.001, "--max-steps", 50, *more), tmp_path)
     peft, scratch = found["lora_peft"], found["lora_scratch"]

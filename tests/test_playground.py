@@ -139,13 +139,8 @@ def test_the_model_trained_last_is_asked_and_a_terminal_says_which_it_is(here, t
     assert json.loads(Child("--json", "I loved it", terminal=True).finish()[1])["label"] == "positive"
 
 
-VISIBLE = [
-    "c’est\xa0bien",
-    "می\u200cخواهم",
-    "\U0001f469\u200d\U0001f467 \u2764\ufe0f",
-    "a\u3000b",
-    "soft\xadhyphen",
-]
+VISIBLE = ["c’est\xa0bien", "می\u200cخواهم", "\U0001f469\u200d\U0001f467 \u2764\ufe0f"]
+VISIBLE += ["a\u3000b", "soft\xadhyphen"]
 
 
 @pytest.mark.parametrize("text", VISIBLE)
@@ -356,7 +351,7 @@ def test_answers_that_are_not_finite_are_refused(form, here, tmp_path, monkeypat
     assert sorted(path.name for path in files_of(tmp_path)) == ["a.tsv", "large.pt"]
 
 
-def test_explain_gives_the_largest_effect_to_the_word_that_decides(here) -> None:
+def test_explain_gives_the_largest_effect_to_the_word_that_decides(here, capsys) -> None:
     text = "it hated the film"
     answer = ask_json("--model", SCRATCH, "--explain", text)[0]
     words = dict(answer["words"])
@@ -365,9 +360,10 @@ def test_explain_gives_the_largest_effect_to_the_word_that_decides(here) -> None
     whole, *lower = unmerged(SCRATCH, [text, *masked])[:, 0].tolist()
     assert answer["label"] == "negative"
     assert [words["it"], words["hated"]] == pytest.approx([whole - p for p in lower], abs=1e-5)
-    lines = ask("--model", SCRATCH, "--explain", text).splitlines()
+    lines = ask("--model", SCRATCH, "--explain", text, text).splitlines()[1:]
     assert lines[1].split()[4:6] == ["the", f"{100 * words['the']:+z.1f}"] and "\x1b" not in lines[1]
-    assert ask_json("--model", SCRATCH, "--explain", " ")[0]["label"] is None
+    assert len(capsys.readouterr().err.splitlines()) == 1  # what the numbers are
+    assert ask_json("--model", SCRATCH, "--explain", " ")[0]["label"] is None and not capsys.readouterr().err
     for text, read in (("great " * 5000, 126), ("great, " * 100, 63)):  # a comma is a token, too
         assert len(ask_json("--model", SCRATCH, "--explain", text)[0]["words"]) == read
 
@@ -408,12 +404,8 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
     ask("--model", SCRATCH, "--glue", tmp_path / "SST-2.tsv")
     assert (tmp_path / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n"
     (asked, (where, what)), pinned = calls, lora_scratch.GLUE[2]
-    assert (
-        asked
-        and where == ("nyu-mll/glue",)
-        and what["revision"] == pinned
-        and "sst2/test" in what["filename"]
-    )
+    assert asked and where == ("nyu-mll/glue",)
+    assert what["revision"] == pinned and "sst2/test" in what["filename"]
     monkeypatch.setattr(playground, "hf_hub_download", lambda *a, **k: 1 / 0)
     refused(lambda: ask("--model", SCRATCH, "--glue", tmp_path / "other.tsv"), "--file")
 
@@ -438,9 +430,7 @@ def test_glue_asks_the_hub_for_the_pinned_test_split(here, tmp_path, monkeypatch
         ("--model S --web", ["pip install -r tests/requirements-web.txt"]),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_no_file(
-    arguments, names, here, tmp_path, monkeypatch
-) -> None:
+def test_what_is_refused_changes_no_file(arguments, names, here, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(shutil.copytree(here, tmp_path / "copy"))
     write(Path("t/no_index.tsv"), "sentence\nI loved it\n")
     write(Path("t/test.txt"), "mine")
@@ -515,7 +505,6 @@ def test_a_base_that_has_moved_is_found_and_another_is_refused(here, tiny_base, 
 @pytest.mark.slow
 def test_several_processes_say_a_mistake_once(tmp_path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT]
-    done = subprocess.run(
-        [*torchrun, "--unsure", "101", "film"], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [*torchrun, "--unsure", "101", "film"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "101" in done.stderr

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import lora_scratch
@@ -42,6 +43,12 @@ def stop_at(call: int, patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(lora_scratch, "collate", interrupt)
 
 
+def exit_code(call: Callable[[], None]) -> int:
+    with pytest.raises(SystemExit) as end:
+        call()
+    return end.value.code
+
+
 LONG = ["--epochs", 5, "--lr", 0.01, "--output"]
 MOMENTS = [(2, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGHUP), (20, signal.SIGINT)]
 
@@ -66,9 +73,9 @@ def test_a_stopped_run_ends_in_the_same_bits(
     stopped = flags(tiny_base, tiny_data, *LONG, output)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(moment, patch, number)
-        assert script.main(stopped) == 128 + number and not output.exists()
+        assert exit_code(lambda: script.main(stopped)) == 128 + number and not output.exists()
     assert signal.signal(number, former) is signal.default_int_handler
-    assert "--resume" in capsys.readouterr().out.splitlines()[-1]
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert script.main([*stopped, "--resume"]) is None
     assert same_bits(whole[script], output)
 
@@ -80,7 +87,7 @@ def stopped(tiny_base, tiny_data, tmp_path_factory) -> list[str]:
     arguments = flags(tiny_base, tiny_data, "--max-steps", 4, "--lr", 0.01, "--output", output)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(2, patch, signal.SIGTERM)
-        assert lora_scratch.main(arguments) == 143
+        assert exit_code(lambda: lora_scratch.main(arguments)) == 143
     assert torch.load(f"{output}.state", weights_only=True)["done"] == 2
     return arguments
 
@@ -97,7 +104,7 @@ def test_what_changes_no_training_may_change(stopped, tiny_base, tiny_data, tmp_
 
 
 OTHER = "lr=0.1 seed=7 r=4 alpha=8 dropout=0 warmup=0.1 weight-decay=0 max-grad-norm=0 max-steps=5"
-OTHER += " batch-size=8 max-length=64 precision=bf16 targets=k_lin use-rslora freeze-head"
+OTHER += " contrast=0.5 batch-size=8 max-length=64 precision=bf16 targets=k_lin use-rslora freeze-head"
 
 
 @pytest.mark.parametrize("flag", OTHER.split())

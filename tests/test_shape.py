@@ -10,17 +10,17 @@ ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "lora_scratch.py").read_text(encoding="utf-8")
 PLUMBING, FENCE, REST = "# === PLUMBING", "# ---- one step of training ----", "# ---- the rest"
 # What each statement of the step assigns or calls, in their order
-STEP = ["optimizer.param_groups[0]['lr']", "autocast", "logits", "loss", "backward", "unscale_"]
-STEP += ["clip_grad_norm_", "step", "update", "zero_grad"]
-STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
+STEP = ["optimizer.param_groups[0]['lr']", "autocast", "output", "loss", "loss", "backward", "unscale_"]
+STEP += ["sum_over_processes", "clip_grad_norm_", "step", "update", "zero_grad"]
+STORY_LINES, TRAIN_LINES, WIDTH = 285, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
     "lora_scratch.py": 1400,
-    "lora_peft.py": 240,
-    "playground.py": 635,
+    "lora_peft.py": 250,
+    "playground.py": 680,
     "setup.sh": 90,
     "README.md": 200,
-    "tests/**/*.py": 7050,
-    "tests/*.py": 5580,  # the tests and conftest.py
+    "tests/**/*.py": 7100,
+    "tests/*.py": 5600,  # the tests and conftest.py
 }
 MOST_BYTES, MOST_DEFINITIONS = 75_000, 97  # of lora_scratch.py
 MEAN = {"lora_scratch.py": 63, "lora_peft.py": 60, "playground.py": 60}  # characters; the goal is 60
@@ -97,9 +97,9 @@ def put_before(mark: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("changed", "fault"),
     [
-        (put_before(PLUMBING, "\n" * 275), "the story is too long"),
+        (put_before(PLUMBING, "\n" * 285), "the story is too long"),
         (put_before("optimizer.zero_grad()", "try:\n    a()\nexcept ValueError:\n    b()"), "except"),
-        (put_before("logits = predict(", "raise ValueError"), "raise"),
+        (put_before("model.eval()", "raise ValueError"), "raise"),
         (put_before("state.losses[step] =", "if a:\n    if b:\n        c()"), "train is nested too deep"),
         (put_before("state.losses[step] =", "a()\n" * 15), "train is too long"),
         (put_before("optimizer.zero_grad()", "progress.report(step)"), "the step is another"),

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = scratch.parse_flags(scratch.make_parser(__doc__, "model/full_finetune"), argv)
     if args.output.is_file():
         raise scratch.InputError(f"--output {args.output}: it is a file; name a folder")
@@ -31,10 +31,11 @@ def main(argv: list[str] | None = None) -> int | None:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     with mock.patch.object(scratch, "autocast", autocast):
-        return train_and_judge(args, device, dtype)
+        train_and_judge(args, device, dtype)
 
 
-def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int | None:
+def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(args.seed)
     train_rows, eval_rows, about = scratch.load_tables(args)
     args = scratch.choose_recipe(args, len(train_rows), len(about["labels"]))
     base = scratch.load_base(args.model, args.revision, about["label_names"], args.max_length)
@@ -47,15 +48,14 @@ def train_and_judge(args: argparse.Namespace, device: torch.device, dtype: torch
     facts = scratch.adapter_facts(args, base, about, wrapped=[])
     record = scratch.describe(args, dict(model.named_parameters()), base.head, [], dtype)
 
-    state = scratch.TrainingState(args, model, facts, record, (train_set, eval_set))
+    state = scratch.TrainingState(args, model, facts, record, train_set, eval_set)
     scratch.train(model, train_set, eval_set, args, state)
-    if not state.leave_group():
-        return state.exit_code
 
     scratch.write_folder(args.output, model.save_pretrained)
     reloaded = AutoModelForSequenceClassification.from_pretrained(args.output, dtype=torch.float32)
     reloaded = scratch.speed_up(replace(base, model=reloaded)).to(device)
-    _, confusion = scratch.evaluate(reloaded, eval_set, 2 * args.batch_size)
+    logits = scratch.predict(reloaded, eval_set, 2 * args.batch_size)
+    confusion = scratch.count_answers(logits, eval_set.labels)
     size = (args.output / "model.safetensors").stat().st_size
     record["result"] = scratch.score(confusion) | {"bytes": size, "label_names": about["label_names"]}
     measure.write_record(args.output.with_suffix(".json"), record)
