@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of the Hub's libraries: no test asks it
+sys.path.insert(0, str(Path(__file__).parent / "figures"))
+sys.path.insert(0, str(Path(__file__).parent / "bases"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import lora_scratch
@@ -25,11 +27,13 @@ import datasets
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 import lora_peft
 
+ROOT = Path(__file__).parent.parent
 GOOD = "a warm and funny film|one of the best of the year|it never bores"
 GOOD += "|great acting and a clever script|I loved it"
 BAD = "a cold and dull film|one of the worst of the year|it never ends"
@@ -122,9 +126,24 @@ class Run:
         self.record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def logits(path: Path) -> torch.Tensor:
-    """What a checkpoint answers to SENTENCES."""
-    return predict(load_checkpoint(path)[0].model, SENTENCES, 2)
+def output_of(script, folder: Path, name: str = "a") -> Path:
+    """A result in this folder: a file of lora_scratch.py, a folder of lora_peft.py."""
+    return folder / (f"{name}.pt" if script is lora_scratch else name)
+
+
+def load_result(path: Path, base: str | None = None) -> tuple:
+    """The base and the facts of a result in either format."""
+    return (lora_peft.load_adapter if path.is_dir() else load_checkpoint)(path, base)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a result in either format."""
+    return torch.load(path)["state_dict"] if path.is_file() else load_file(path / lora_peft.TENSORS_FILE)
+
+
+def logits(path: Path, sentences: Tokens = SENTENCES) -> torch.Tensor:
+    """What a result answers to these sentences."""
+    return predict(load_result(path)[0].model, sentences, 2)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
 """Every architecture of the README, in both scripts: train, convert, export, answer alike."""
 
-from pathlib import Path
-
-from lora_scratch import autocast, calibrate, load_base, load_checkpoint, predict, speed_up
+from lora_scratch import autocast, calibrate, load_base, predict, speed_up
 
 import pytest
 import torch
 import transformers
-from conftest import GOOD, SCRIPTS, TINY, as_tokens, ask, ask_json, flags, with_tokenizer
-from torch import Tensor, nn
+from conftest import GOOD, SCRIPTS, TINY, as_tokens, ask, ask_json, flags, logits, output_of, with_tokenizer
+from torch import nn
 
 import lora_peft
 
@@ -43,11 +41,6 @@ def encoder(name: str) -> nn.Module:
     return transformers.AutoModel.from_config(config)
 
 
-def logits(path: Path) -> Tensor:
-    load = lora_peft.load_adapter if path.is_dir() else load_checkpoint
-    return predict(load(path)[0].model, SENTENCES, 2)
-
-
 @pytest.mark.parametrize("name", EACH)
 @SCRIPTS
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -59,10 +52,10 @@ def test_train_save_convert_and_export(script, name, tiny_base, tiny_data, tmp_p
     script.main(flags(base, tiny_data, *more, "--output", path))
     way = "--import-scratch" if to_folder else "--export-scratch"
     lora_peft.main([way, str(path), "--output", str(other)])
-    assert torch.equal(logits(path), logits(path))  # the head comes from the file
-    assert torch.allclose(logits(path), logits(other), rtol=0, atol=1e-5)
+    assert torch.equal(logits(path, SENTENCES), logits(path, SENTENCES))  # the head comes from the file
+    assert torch.allclose(logits(path, SENTENCES), logits(other, SENTENCES), rtol=0, atol=1e-5)
     plain = load_base(str(base), None, ["0", "1"], 100)
-    assert not torch.allclose(logits(path), predict(plain.model, SENTENCES, 2), atol=1e-3)
+    assert not torch.allclose(logits(path, SENTENCES), predict(plain.model, SENTENCES, 2), atol=1e-3)
 
     texts = GOOD.split("|")
     answers = [answer["probabilities"] for answer in ask_json("--model", path, *texts)]
@@ -75,16 +68,21 @@ def test_train_save_convert_and_export(script, name, tiny_base, tiny_data, tmp_p
         assert {one["label"]: one["score"] for one in found} == pytest.approx(answer, abs=1e-5)
 
 
+def calibrated(model: nn.Module) -> float:
+    """The temperature of a model that is always wrong; it divides the logits."""
+    tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
+    before = predict(model, tokens, 4)
+    tokens.labels = before.argmin(dim=1)
+    temperature = calibrate(model, before, tokens.labels)
+    assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
+    return temperature
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_temperature_divides_the_logits(name, tiny_base, tmp_path) -> None:
     folder = with_tokenizer(tmp_path / "base", tiny_base, encoder(name))
     model = load_base(str(folder), None, ["0", "1"], 100).model
-    tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
-    before = predict(model, tokens, 4)
-    tokens.labels = before.argmin(dim=1)  # all are wrong, so it is to be as unsure as it may
-    temperature = calibrate(model, before, tokens.labels)
-    assert temperature == pytest.approx(10)
-    assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
+    assert calibrated(model) == pytest.approx(10)  # as unsure as it may
 
 
 @pytest.mark.parametrize("name", ["xlm-roberta", "bert"])  # in the first the head comes before the encoder
@@ -92,7 +90,7 @@ def test_the_temperature_divides_the_logits(name, tiny_base, tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_16_bits_wherever_the_head_stands(script, name, tiny_base, tiny_data, tmp_path) -> None:
     base = with_tokenizer(tmp_path / "base", tiny_base, encoder(name))
-    path = tmp_path / ("a" if script is lora_peft else "a.pt")
+    path = output_of(script, tmp_path)
     more = ["--precision", "bf16", "--max-steps", 3, "--max-length", 100, *ARCHITECTURES[name][2]]
     script.main(flags(base, tiny_data, *more, "--output", path))
     model = speed_up(load_base(str(base), None, ["0", "1"], 100), torch.bfloat16)
@@ -106,12 +104,3 @@ def test_the_temperature_never_goes_into_an_adapter(tiny_base, tiny_data, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_peft, "calibrate", lambda model, *_: calibrated(model))
         lora_peft.main(flags(base, tiny_data, *more, "--max-steps", 2))
-
-
-def calibrated(model: nn.Module) -> float:
-    tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
-    before = predict(model, tokens, 4)
-    tokens.labels = before.argmin(dim=1)
-    temperature = calibrate(model, before, tokens.labels)
-    assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
-    return temperature

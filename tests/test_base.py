@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lora_scratch
-from lora_scratch import load_base, load_checkpoint, predict, tokenize
+from lora_scratch import load_base, predict, tokenize
 
 import pytest
 import torch
 import transformers
-from conftest import SCRIPTS, SENTENCES, TINY, Run, flags, logits, refused, with_tokenizer
+from conftest import SCRIPTS, SENTENCES, TINY, flags, load_result, logits, output_of, refused, with_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BartConfig, DistilBertModel, T5Config
 
@@ -30,15 +30,13 @@ def wide_base(tiny_base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(wide_base, tiny_data, tmp_path_factory) -> dict:
-    """A loader and what it loads, for both formats."""
-    folder, more = tmp_path_factory.mktemp("trained"), ("--max-steps", 2, "--lr", 0.01)
-    Run(wide_base, tiny_data, folder / "a.pt", *more)
-    lora_peft.main(flags(wide_base, tiny_data, *more, "--output", folder / "p"))
-    return {
-        lora_scratch: (load_checkpoint, folder / "a.pt"),
-        lora_peft: (lora_peft.load_adapter, folder / "p"),
-    }
+def trained(wide_base, tiny_data, tmp_path_factory) -> dict[object, Path]:
+    """A result of each script."""
+    folder = tmp_path_factory.mktemp("trained")
+    results = {script: output_of(script, folder / script.__name__) for script in (lora_scratch, lora_peft)}
+    for script, path in results.items():
+        script.main(flags(wide_base, tiny_data, "--max-steps", 2, "--lr", 0.01, "--output", path))
+    return results
 
 
 @pytest.fixture
@@ -88,16 +86,14 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 @SCRIPTS
 def test_another_base_is_refused_naming_both(script, kind, trained, copied, wide_base) -> None:
-    load, path = trained[script]
     OTHERS[kind](copied)
-    refused(lambda: load(path, str(copied)), wide_base, copied)
+    refused(lambda: load_result(trained[script], str(copied)), wide_base, copied)
 
 
 @SCRIPTS
 def test_the_same_base_elsewhere_answers_alike(script, trained, copied) -> None:
-    load, path = trained[script]
-    one, other = (predict(load(path, name)[0].model, SENTENCES, 2) for name in (None, str(copied)))
-    assert torch.equal(one, other)
+    base, _ = load_result(trained[script], str(copied))
+    assert torch.equal(predict(base.model, SENTENCES, 2), logits(trained[script]))
 
 
 def test_the_identity_is_of_the_base_and_not_of_its_random_head(wide_base, copied) -> None:
@@ -134,11 +130,12 @@ def test_a_base_for_other_labels_gets_a_new_head_with_a_note(tiny_base, tiny_dat
     kind = {"num_labels": 3, "problem_type": "multi_label_classification"}
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, **kind)
     base = with_tokenizer(tmp_path / "three", tiny_base, model)
-    run = Run(base, tiny_data, tmp_path / "a.pt", "--max-steps", 2)
+    path = tmp_path / "a.pt"
+    lora_scratch.main(flags(base, tiny_data, "--max-steps", 2, "--output", path))
     assert any(line.startswith(f"note: {base}") for line in capfd.readouterr().err.splitlines())
-    config = load_checkpoint(run.path)[0].model.config
+    config = load_result(path)[0].model.config
     assert config.problem_type == "single_label_classification" and config.num_labels == 2
-    assert logits(run.path).shape == (len(SENTENCES), 2)
+    assert logits(path).shape == (len(SENTENCES), 2)
 
 
 def without(part: str) -> Callable[[dict], dict]:
@@ -181,17 +178,19 @@ def nothing_left(tokenizer: dict) -> None:
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": ""}
 
 
-TOKENIZERS = {
-    "more words": lambda t: t["model"]["vocab"].update(more=99),
-    "numbers beyond": lambda t: t["model"]["vocab"].update(film=99),
-    "no words": nothing_left,
-    "nothing at all": lambda t: t.update(nothing_left(t) or {"post_processor": None}),
-}
+TOKENIZERS = [
+    ("tokenizer.json", lambda t: t["model"]["vocab"].update(more=99)),  # more words than embeddings
+    ("tokenizer.json", lambda t: t["model"]["vocab"].update(film=99)),
+    ("tokenizer.json", nothing_left),
+    ("tokenizer.json", lambda t: t.update(nothing_left(t) or {"post_processor": None})),
+    ("tokenizer_config.json", lambda t: t.update(pad_token=None)),
+    ("tokenizer_config.json", lambda t: t.update(padding_side="left")),
+]
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_base_whose_tokenizer_does_not_fit_is_refused(kind, copied) -> None:
-    edit_json(copied / "tokenizer.json", TOKENIZERS[kind])
+@pytest.mark.parametrize(("name", "change"), TOKENIZERS)
+def test_a_base_whose_tokenizer_does_not_fit_is_refused(name, change, copied) -> None:
+    edit_json(copied / name, change)
     refused(lambda: load(copied, 32), copied)
 
 
@@ -221,8 +220,8 @@ def test_a_base_with_a_decoder_is_refused(config, copied) -> None:
 
 @SCRIPTS
 def test_an_adapter_is_no_base(script, trained, tiny_data, tmp_path) -> None:
-    _, folder = trained[lora_peft]
-    refused(lambda: script.main(flags(folder, tiny_data, "--output", tmp_path / "a.pt")), folder)
+    adapter = trained[lora_peft]
+    refused(lambda: script.main(flags(adapter, tiny_data, "--output", tmp_path / "a.pt")), adapter)
 
 
 @pytest.mark.parametrize("limit", [-1, 0])

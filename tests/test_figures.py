@@ -1,15 +1,7 @@
 """The programs that make the figures: what they train, how they take turns, what they write."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import flags
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent / "figures"))
 import lora_scratch
 
 import full_finetune
@@ -17,16 +9,16 @@ import measure
 import minutes
 import own_tables
 import plot_results
+import pytest
 import tables
+import torch
 import trainer
+from conftest import flags
+from measure import FIGURES
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "tests" / "figures"
 
-
-def test_full_fine_tuning_trains_the_base_too_and_is_written_whole(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_trains_the_base_and_is_written_whole(tiny_base, tiny_data, tmp_path) -> None:
     more = ["--epochs", "10", "--lr", "0.003", "--output", tmp_path / "full"]
     assert full_finetune.main(flags(tiny_base, tiny_data, *more)) is None
     record = measure.read_record(tmp_path / "full.json")
@@ -81,11 +73,9 @@ def test_a_process_that_fails_ends_the_program_with_its_error(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_each_way_of_minutes_is_run_and_judged(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, FIGURES / "minutes.py", "--model", tiny_base, "--dataset", tiny_data]
-    output = tmp_path / "minutes.json"
-    command += ["--steps", "2", "--seeds", "1", "2", "--output", output]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    record = measure.read_record(output)
+    given = ["--model", tiny_base, "--dataset", tiny_data, "--output", tmp_path / "minutes.json"]
+    measure.run_process([FIGURES / "minutes.py", *given, "--steps", 2, "--seeds", 1, 2])
+    record = measure.read_record(tmp_path / "minutes.json")
     assert record["runs"].keys() == minutes.WAYS.keys()
     for runs in record["runs"].values():
         assert [run["seed"] for run in runs] == [1, 2] and all(run["total"] == 10 for run in runs)
@@ -98,11 +88,9 @@ def test_lora_and_trainer_answer_an_own_table(tiny_base: Path, tiny_data: Path, 
     for name in ("train", "test"):
         frame = own_tables.DataFrame({"text": texts, "label": labels})
         frame.to_csv(tmp_path / "set" / f"{name}.csv", index=False)
-    command = [sys.executable, FIGURES / "own_tables.py", "--data", tmp_path, "--model", tiny_base]
-    output = tmp_path / "record.json"
-    command += ["--rows", "20", "--ways", "lora", "trainer", "--output", output]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    cell = measure.read_record(output)["cells"]["set 20"]
+    given = ["--data", tmp_path, "--model", tiny_base, "--output", tmp_path / "record.json"]
+    measure.run_process([FIGURES / "own_tables.py", *given, "--rows", 20, "--ways", "lora", "trainer"])
+    cell = measure.read_record(tmp_path / "record.json")["cells"]["set 20"]
     assert len(cell["lora"]) == len(cell["trainer"]) == 3 and cell["lora"][0]["accuracy"] > 90
 
 
@@ -110,15 +98,12 @@ def test_lora_and_trainer_answer_an_own_table(tiny_base: Path, tiny_data: Path, 
 def test_a_small_benchmark_writes_rates_and_ratios(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "folder" / "record.json"
     only = ["scratch", "peft", "trainer", "ceiling", "playground", "pipeline-fp32-1"]
-    command = [sys.executable, FIGURES / "benchmark.py", "--dataset", tiny_data, "--tokenizer", tiny_base]
-    command += ["--only", *only, "--rounds", 1, "--phrases", 20, "--lines", 3, "--threads", 1]
-    command += ["--layers", 1, "--dim", 32, "--output", output]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    given = ["--dataset", tiny_data, "--tokenizer", tiny_base, "--output", output, "--only", *only]
+    given += ["--rounds", 1, "--phrases", 20, "--lines", 3, "--threads", 1, "--layers", 1, "--dim", 32]
+    measure.run_process([FIGURES / "benchmark.py", *given])
     record = measure.read_record(output)
     rows, auto = {row["name"]: row for row in record["rows"]}, record["settings"]["auto"]
-    kinds = ("scratch", "peft", "trainer", "ceiling")
-    trained = {f"{kind}-{precision}" for kind in kinds for precision in (auto, "fp32")}
+    trained = {f"{kind}-{precision}" for kind in only[:4] for precision in (auto, "fp32")}
     assert rows.keys() == trained | {"playground-fp32", "pipeline-fp32-1"}
     for row in rows.values():
         assert len(row["rounds"]) == 1 and row["rate"] > 0 and row["peak_mb"] > 50

@@ -11,11 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import lora_scratch
-from lora_scratch import FORMAT, InputError, load_checkpoint, predict, seen_from_here, write_file
+from lora_scratch import FORMAT, InputError, load_checkpoint, seen_from_here, write_file
 
 import pytest
 import torch
-from conftest import SENTENCES, Run, flags, logits, refused, without_notes
+from conftest import Run, flags, logits, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -188,9 +188,7 @@ def test_a_folder_with_a_missing_or_broken_file_is_refused(name, content, adapte
         *(("of_tomorrow", 1), ("peft_type", "PROMPT_TUNING"), ("runtime_config", {})),
     ],
 )
-def test_settings_of_peft_that_are_not_written_here_are_refused(
-    key, value, adapter, tmp_path, recwarn
-) -> None:
+def test_settings_of_peft_alone_are_refused(key, value, adapter, tmp_path, recwarn) -> None:
     folder = rewritten(adapter, tmp_path, "adapter_config.json", lambda c: c.update({key: value}))
     refused(lambda: load_adapter(folder), folder, *([] if key == "peft_type" else [key]))
     assert recwarn.list == []
@@ -216,13 +214,10 @@ for field in ("settings", "trained", "optimizer", "losses", "epochs", "generator
 
 
 @pytest.mark.parametrize("kind", BAD_STATES)
-def test_a_broken_training_state_is_refused_in_one_line(kind, small, tmp_path, capfd) -> None:
+def test_a_broken_training_state_is_refused(kind, small, tmp_path) -> None:
     path = changed(small.path.with_suffix(".pt.state"), tmp_path, BAD_STATES[kind])
-    with pytest.raises(SystemExit) as end:
-        lora_scratch.run(lambda: resume(small, path))
-    said = without_notes(capfd.readouterr().err)
-    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    assert str(path) in said and list(tmp_path.iterdir()) == [path]
+    refused(lambda: resume(small, path), path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- What is no such file, and what would run code
@@ -325,8 +320,7 @@ def test_an_adapter_folder_of_an_earlier_version_answers_alike(adapter, tmp_path
         facts["config"] = {"n_heads": 4}
 
     old = rewritten(adapter, tmp_path, FACTS_FILE, as_before)
-    found, expected = (predict(load_adapter(path)[0].model, SENTENCES, 2) for path in (old, adapter))
-    assert torch.equal(found, expected)
+    assert torch.equal(logits(old), logits(adapter))
 
 
 # --- A disk that fails
@@ -360,9 +354,7 @@ def fail_after(moved: int, folder: Path, patch: pytest.MonkeyPatch) -> list[str]
 
 
 @pytest.mark.parametrize("moved", range(5))
-def test_an_adapter_folder_that_is_half_new_is_noticed(
-    moved, adapter, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_a_folder_half_new_is_noticed(moved, adapter, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(adapter, tmp_path / "a")
     done = fail_after(moved, folder, monkeypatch)
     arguments = flags(tiny_base, tiny_data, *SHORT, "--seed", 7, "--output", folder)

@@ -9,13 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-import lora_scratch
 from lora_scratch import DEMO
 
 import pytest
+from conftest import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(lora_scratch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

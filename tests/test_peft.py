@@ -2,31 +2,24 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import lora_scratch
-from lora_scratch import Base, load_base, load_checkpoint, predict
+from lora_scratch import Base, load_base, predict
 
 import pytest
 import torch
-from conftest import SCRIPTS, SENTENCES, TINY, flags, refused, with_tokenizer
+from conftest import SCRIPTS, SENTENCES, TINY, flags, logits, refused, with_tokenizer
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
+from side_by_side import run_both
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 import lora_peft
 from lora_peft import load_adapter
 
-sys.path.insert(0, str(Path(__file__).parent / "figures"))
-from side_by_side import run_both
-
 SHORT = ("--max-steps", 3, "--lr", 0.05)
-
-
-def answers(base: Base) -> torch.Tensor:
-    return predict(base.model, SENTENCES, 2)
 
 
 def convert(*words: object) -> None:
@@ -96,12 +89,11 @@ def test_a_target_may_have_a_namesake(tiny_base, tiny_data, tmp_path, monkeypatc
     assert wrapped == {f"{block}.{name}" for block in blocks for name in ("q_lin", "v_lin")}
     convert("--export-scratch", tmp_path / "p", "--output", tmp_path / "x.pt")
     convert("--import-scratch", tmp_path / "x.pt", "--output", tmp_path / "y")
-    one, other = (answers(load_adapter(tmp_path / name)[0]) for name in ("p", "y"))
-    assert torch.allclose(one, other, rtol=0, atol=1e-6)
+    assert torch.allclose(logits(tmp_path / "p"), logits(tmp_path / "y"), rtol=0, atol=1e-6)
 
 
 def test_peft_alone_loads_the_folder_with_its_head(adapter, tiny_base) -> None:
-    ours = answers(load_adapter(adapter)[0])
+    ours = logits(adapter)
     auto = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
     options = {"num_labels": 2, "dtype": torch.float32}
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, **options)
@@ -113,7 +105,7 @@ def test_peft_alone_loads_the_folder_with_its_head(adapter, tiny_base) -> None:
 def test_a_merged_adapter_is_a_plain_model_that_answers_alike(adapter) -> None:
     merged = load_adapter(adapter, merge=True)[0]
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
-    assert torch.allclose(answers(merged), answers(load_adapter(adapter)[0]), rtol=0, atol=1e-5)
+    assert torch.allclose(predict(merged.model, SENTENCES, 2), logits(adapter), rtol=0, atol=1e-5)
 
 
 def test_bert_keeps_its_pooler_in_the_head(tiny_base, tiny_data, tmp_path) -> None:
@@ -125,8 +117,7 @@ def test_bert_keeps_its_pooler_in_the_head(tiny_base, tiny_data, tmp_path) -> No
     assert not any("pooler" in name and "lora" in name for name in saved)
     assert sum(name.endswith("lora_A") for name in saved) == 2 * 4  # query and three dense
     convert("--export-scratch", tmp_path / "a", "--output", tmp_path / "b.pt")
-    ours = answers(load_checkpoint(tmp_path / "b.pt")[0])
-    assert torch.allclose(ours, answers(load_adapter(tmp_path / "a")[0]), rtol=0, atol=1e-6)
+    assert torch.allclose(logits(tmp_path / "b.pt"), logits(tmp_path / "a"), rtol=0, atol=1e-6)
 
 
 def test_dora_trains_and_cannot_become_a_pt_file(tiny_base, tiny_data, tmp_path) -> None:
@@ -135,7 +126,7 @@ def test_dora_trains_and_cannot_become_a_pt_file(tiny_base, tiny_data, tmp_path)
     assert any("magnitude" in name for name in read(folder)[0])
     export = ["--export-scratch", folder, "--output", tmp_path / "d.pt"]
     refused(lambda: convert(*export), folder, "use_dora")
-    assert answers(load_adapter(folder)[0]).isfinite().all()
+    assert logits(folder).isfinite().all()
     assert not (tmp_path / "d.pt").exists()
 
 
@@ -154,9 +145,7 @@ def test_there_and_back_keeps_every_bit(script, tiny_base, tiny_data, tmp_path) 
         found, others = read(path)
         assert others == facts and found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    loads = {True: load_checkpoint, False: load_adapter}
-    one, other = (answers(loads[path.is_file()](path)[0]) for path in (first, second))
-    assert torch.allclose(one, other, rtol=0, atol=1e-6)
+    assert torch.allclose(logits(first), logits(second), rtol=0, atol=1e-6)
     assert facts["label_names"] == ["bad", "good"]
     assert (facts["r"], facts["use_rslora"]) == (3, True)
 

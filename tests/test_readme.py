@@ -12,16 +12,13 @@ from statistics import mean, median, variance
 
 import lora_scratch
 
-import pytest
-import torch
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-sys.path.insert(0, str(Path(__file__).parent / "figures"))
 import measure
+import pytest
 import tables
+import torch
+from conftest import ROOT
 from measure import percent_right, read_record, spread
-
-ROOT = Path(__file__).parent.parent
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 README, RESULTS = (path.read_text(encoding="utf-8") for path in tables.FILES)
 BOTH = f"{README}\n{RESULTS}"

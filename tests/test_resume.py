@@ -18,25 +18,14 @@ import lora_scratch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, flags, refused, without_notes
+from conftest import ROOT, SCRIPTS, flags, output_of, refused, tensors_of, without_notes
 from safetensors.torch import load_file, save_file
 
-from lora_peft import TENSORS_FILE
-
-ROOT = Path(lora_scratch.__file__).parent
-
-
-def output_of(script, folder: Path) -> Path:
-    return folder / ("a.pt" if script is lora_scratch else "a")
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Of a result in either format."""
-    return torch.load(path)["state_dict"] if path.is_file() else load_file(path / TENSORS_FILE)
+import lora_peft
 
 
 def same_bits(one: Path, two: Path) -> bool:
-    first, second = tensors(one), tensors(two)
+    first, second = tensors_of(one), tensors_of(two)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -60,26 +49,35 @@ def exit_code(call: Callable[[], None]) -> int:
     return end.value.code
 
 
+LONG = ["--epochs", 5, "--lr", 0.01, "--output"]
 MOMENTS = [(2, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGHUP), (20, signal.SIGINT)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, tiny_data, tmp_path_factory) -> dict:
+    """The result of an undisturbed run of each script."""
+    folder = tmp_path_factory.mktemp("whole")
+    outputs = {script: output_of(script, folder) for script in (lora_scratch, lora_peft)}
+    for script, output in outputs.items():
+        assert script.main(flags(tiny_base, tiny_data, *LONG, output)) is None
+    return outputs
 
 
 @pytest.mark.parametrize(("moment", "number"), MOMENTS)  # every fourth is an evaluation
 @SCRIPTS
 def test_a_stopped_run_ends_in_the_same_bits(
-    script, moment, number, tiny_base, tiny_data, tmp_path, capsys
+    script, moment, number, whole, tiny_base, tiny_data, tmp_path, capsys
 ) -> None:
     former = signal.signal(number, signal.default_int_handler)  # nohup ignores one
-    outputs = [output_of(script, tmp_path / name) for name in ("whole", "stopped")]
-    more = ["--epochs", 5, "--lr", 0.01, "--output"]
-    whole, stopped = (flags(tiny_base, tiny_data, *more, output) for output in outputs)
-    assert script.main(whole) is None
+    output = output_of(script, tmp_path)
+    stopped = flags(tiny_base, tiny_data, *LONG, output)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(moment, patch, number)
-        assert exit_code(lambda: script.main(stopped)) == 128 + number and not outputs[1].exists()
+        assert exit_code(lambda: script.main(stopped)) == 128 + number and not output.exists()
     assert signal.signal(number, former) is signal.default_int_handler
     assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert script.main([*stopped, "--resume"]) is None
-    assert same_bits(*outputs)
+    assert same_bits(whole[script], output)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +117,7 @@ def test_other_settings_are_refused_by_name(flag, stopped, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["training data", "validation data", "fingerprint", "base_config"])
-def test_other_data_or_another_base_under_the_same_name_is_refused(
-    kind, stopped, tiny_base, tiny_data, tmp_path
-) -> None:
+def test_other_data_or_another_base_is_refused(kind, stopped, tiny_base, tiny_data, tmp_path) -> None:
     shutil.copy(f"{stopped[-1]}.state", tmp_path / "a.pt.state")
     base, data = (shutil.copytree(path, tmp_path / path.name) for path in (tiny_base, tiny_data))
     if kind == "fingerprint":
@@ -149,9 +145,7 @@ def test_no_state_is_the_start_and_a_finished_run_stays(tiny_base, tiny_data, tm
 
 
 @pytest.mark.parametrize("what", ["loss", "weight"])
-def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(
-    what, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_numbers_that_are_not_finite_end_the_run(what, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     cross_entropy, step, calls = F.cross_entropy, torch.optim.AdamW.step, []
 
     def loss(*args, **kwargs):
@@ -189,9 +183,7 @@ def child(name: str, arguments: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @SCRIPTS
-def test_stopped_at_20_random_moments_it_loses_nothing(
-    script, number, tiny_base, tiny_data, tmp_path, monkeypatch
-) -> None:
+def test_stopped_at_random_moments(script, number, tiny_base, tiny_data, tmp_path, monkeypatch) -> None:
     """Each time a fresh run, hit between 30 and 90 % of an undisturbed one, then resumed."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     context = multiprocessing.get_context("forkserver")

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import lora_scratch
 from lora_scratch import load_base, load_checkpoint, load_tables, make_parser, predict, tokenize
@@ -17,13 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SCRIPTS, SENTENCES, Run, flags, logits
+from conftest import NO_DROPOUT, ROOT, SCRIPTS, SENTENCES, Run, flags, load_result, logits, output_of
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import lora_peft
-
-ROOT = Path(lora_scratch.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +102,20 @@ def test_the_record_has_settings_versions_machine_and_every_epoch(trained, tiny_
 
 
 CHILD = """
-import sys, torch, conftest
+import sys, lora_scratch, torch
 torch.set_num_threads(1)
-torch.save(conftest.logits(sys.argv[1]), sys.argv[2])
-conftest.lora_scratch.run(lambda: conftest.lora_scratch.main(["--dataset", "none.tsv"]))
+model = lora_scratch.load_checkpoint(sys.argv[1])[0].model
+torch.save(model(torch.arange(2, 30)[None]).logits, sys.argv[2])
+lora_scratch.run(lambda: lora_scratch.main(["--dataset", "none.tsv"]))
 """
 
 
 def test_a_fresh_process_gives_the_same_bits_and_a_mistake_is_one_line(trained, tmp_path) -> None:
     command = [sys.executable, "-c", CHILD, str(trained.path), str(tmp_path / "logits")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(trained.path))
+    own = load_checkpoint(trained.path)[0].model(torch.arange(2, 30)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits"), own)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert "none.tsv" in done.stderr and done.stderr.count("\n") == 1
 
@@ -148,14 +147,13 @@ def test_the_base_stays_and_what_has_moved_is_saved(
         states.append(copy.deepcopy(lora_peft.own_names(model.state_dict())))
 
     monkeypatch.setattr(script, "train", spy)
-    path = tmp_path / ("a.pt" if script is lora_scratch else "a")
+    path = output_of(script, tmp_path)
     more = ["--max-steps", 3, "--lr", 0.01, "--weight-decay", 0, "--precision", precision, "--output", path]
     script.main([*flags(tiny_base, tiny_data), *map(str, more), *freeze])
     before, after = states
     torch.manual_seed(42)
     start = load_base(str(tiny_base), None, ["0", "1"], 128)
-    load = load_checkpoint if script is lora_scratch else lora_peft.load_adapter
-    saved = lora_peft.own_names(load(path)[0].model.state_dict())
+    saved = lora_peft.own_names(load_result(path)[0].model.state_dict())
     temperature = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["temperature"]
     assert temperature == 1 or not freeze
     for name, tensor in after.items():
@@ -237,36 +235,46 @@ def test_three_labels_from_a_csv_file(tiny_base, tmp_path) -> None:
     assert logits(run.path).shape == (len(SENTENCES), 3) and run.record["result"]["total"] == 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="another library of threads")
-@pytest.mark.parametrize(
-    ("script", "own", "spins"),
-    [
-        ("lora_scratch", {}, "1000"),
-        ("lora_peft", {}, "1000"),
-        ("playground", {}, "1000"),
-        ("lora_scratch", {"GOMP_SPINCOUNT": "77"}, "77"),
-        ("lora_scratch", {"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
-    ],
-)
-def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(script, own, spins) -> None:
-    variables = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    others = {key: value for key, value in os.environ.items() if key not in variables}
-    environment = others | {"OMP_DISPLAY_ENV": "VERBOSE"} | own
-    command = [sys.executable, "-c", f"import {script}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("PyTorch is built with another library of threads")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+WAITS = [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+
+
+@pytest.mark.parametrize(("own", "spins"), WAITS)
+@pytest.mark.parametrize("script", ["lora_scratch", "lora_peft", "playground"])
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(script, own, spins, tmp_path) -> None:
+    """What PyTorch finds when it is imported, which is when its threads read it."""
+    stub = "import os, sys; sys.exit(repr(os.environ.get('GOMP_SPINCOUNT')))"
+    (tmp_path / "torch.py").write_text(stub, encoding="utf-8")
+    others = {key: value for key, value in os.environ.items() if key[:4] not in ("GOMP", "OMP_")}
+    environment = others | {"PYTHONPATH": str(tmp_path)} | own
+    command = [sys.executable, f"{script}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stderr.strip() == repr(spins)
 
 
 @pytest.mark.slow
-def test_300_steps_on_real_sentences_learn_and_survive_the_file(real_base, sst2, tmp_path) -> None:
-    more = ["--max-steps", "300", "--lr", "0.001", "--label-names", "negative", "positive"]
-    run = Run(real_base, sst2, tmp_path / "a.pt", *more)
-    result = run.record["result"]
-    assert result["total"] == 872 and result["accuracy"] > 75
-    assert result["correct"] == run.record["epochs"][-1]["correct"]
-    torch.manual_seed(1)
-    first = logits(run.path)
-    torch.manual_seed(2)
-    assert torch.equal(logits(run.path), first)
+@SCRIPTS
+def test_two_processes_follow_the_loss_path_of_one(script, tiny_base, tiny_data, tmp_path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | NO_DROPOUT), encoding="utf-8")
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    rows = (data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    # 27 sentences in batches of 13: the last has one, of which the second process gets nothing.
+    (data / "train.tsv").write_text("".join(rows[:28]), encoding="utf-8")
+    more = ["--batch-size", 13, "--dropout", 0, "--epochs", 3, "--lr", 0.01, "--threads", 1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-ranks-filter", "0"]
+    records, states = [], []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        output = output_of(script, tmp_path / name)
+        command = [script.__file__, *flags(base, data, *more, "--output", output)]
+        done = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 1:") == 1  # one process speaks for all
+        records.append(json.loads((tmp_path / name / "a.json").read_text(encoding="utf-8")))
+        states.append(torch.load(f"{output}.state", weights_only=True))
+    losses = [state["losses"] for state in states]
+    assert len(losses[0]) == 9 and torch.allclose(*losses, rtol=0, atol=1e-5)
+    assert records[0]["result"]["confusion"] == records[1]["result"]["confusion"]
+    for one, two in zip(records[0]["epochs"], records[1]["epochs"], strict=True):
+        assert one["total"] == two["total"] == 10
+        assert one["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-4)

@@ -40,11 +40,7 @@ def download(packages: list[str], folder: Path) -> None:
 
 
 def make_base(
-    argv: list[str] | None,
-    description: str,
-    output: str,
-    packages: list[str],
-    make: Callable[[Path, Path], None],
+    argv: list[str] | None, description: str, output: str, packages: list[str], make: Callable
 ) -> None:
     """Write a base model's folder by `make(folder of the wheels, new folder)`, whole or not at all."""
     layout = argparse.RawDescriptionHelpFormatter
