@@ -313,8 +313,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
-        if config.is_encoder_decoder or not (pads_right and reads):
-            raise ValueError("no encoder that reads and pads at the right")
+        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
+            raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
@@ -389,8 +389,8 @@ def use_cache_if_offline() -> None:
 
     def connect():
         client, answer = utils._http.default_client_factory(), None
-        with contextlib.suppress(Exception):  # no network, no such name, offline on purpose
-            ask = ThreadPool(1).apply_async(client.head, [constants.ENDPOINT], {"timeout": 5})
+        with contextlib.suppress(Exception), ThreadPool(1) as pool:  # no network, no such name
+            ask = pool.apply_async(client.head, [constants.ENDPOINT], {"timeout": 5})
             answer = ask.get(5)
         constants.HF_HUB_OFFLINE = answer is None or answer.status_code >= 500
         return client
@@ -592,6 +592,7 @@ def as_frame(table) -> DataFrame:
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
     frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
@@ -687,7 +688,7 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
     for is_wrong, what in (
         (len(found) > max(20, 0.9 * len(train)), f"{len(found):,} labels in {len(train):,} rows"),
         (len(labels) < 2, f"{shown!r} is the only label"),
-        (are_words and re.fullmatch(r"[-.\d]*", "".join(found)), f"{shown}: no whole numbers"),
+        (are_words and re.fullmatch(r"[-\d]*\.[-.\d]*", "".join(found)), f"{shown}: no whole numbers"),
         (unknown, f"no training row has the label {unknown}, but {shown}"),
         (not fit, f"{listed(names)} cannot name {shown}"),
     ):
@@ -711,16 +712,18 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts for the file `path`: places as seen from there, with a dot in front."""
+    """Facts for the file `path`: places as seen from there, and absolutely."""
     here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
-    return facts | {key: name if name[0] == "." else f"./{name}" for key, name in near.items()}
+    return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
 
 
 def seen_from_here(path: Path, facts: dict) -> dict:
     """The facts of the file `path`, with places as seen from here."""
-    near = [key for key in PLACES if facts.get(key, "").startswith(".")]
-    return facts | {key: os.path.normpath(path.parent / facts[key]) for key in near}
+    for key, there in facts.get("absolute", {}).items():
+        near = os.path.normpath(path.parent / facts[key])
+        facts = facts | {key: next(filter(os.path.exists, (near, there)), facts[key])}
+    return facts
 
 
 def tensors_to_save(state: dict[str, Tensor], head: list[str]) -> dict[str, Tensor]:
@@ -975,19 +978,18 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
     """
     if rows["text"].nunique() < args.folds:
         raise InputError(f"--folds {args.folds}: too few texts")
-    logits, labels = torch.zeros(len(rows), len(about["labels"])), torch.tensor([*rows["label"]])
+    logits = torch.zeros(len(rows), len(about["labels"]))
     rows.attrs["parts"] = []
     for number in range(args.folds + 1):
         every = args.folds if number else 2
-        held = rows["text"].isin(draw_texts(rows, args.seed, every, number % every)).tolist()
-        seen = [not one for one in held]
+        held = rows["text"].isin(draw_texts(rows, args.seed, every, number % every))
         own = Namespace(**vars(args) | {"output": Path(f"{args.output}.parts", f"{number}")})
         with contextlib.redirect_stdout(None):
-            _, state = fit(own, machine, about, rows[seen], rows[held])
-        logits[held] = predict(state.model, state.eval_set, 32)
-        result = {"rows": sum(seen)} | score(count_answers(logits[held], labels[held]))
+            _, state = fit(own, machine, about, rows[~held], rows[held])
+        logits[held.tolist()] = found = predict(state.model, state.eval_set, 32)
+        result = {"rows": int(sum(~held))} | score(count_answers(found, state.eval_set.labels))
         rows.attrs["parts"].append(result)
-        print(f"trained on {sum(seen):,} rows, asked the others: {result['text']}", flush=True)
+        print(f"trained on {result['rows']:,} rows, asked the others: {result['text']}", flush=True)
     return rows, logits
 
 
@@ -1213,8 +1215,7 @@ def check_ranges(settings: dict) -> None:
 def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     """The flags, with those that --recipe and the data decide; prints them."""
     name = args.recipe
-    is_small = name == "own" and 5 * labels <= rows < 200  # where the contrastive term helps
-    recipe = {"contrast": float(is_small), **RECIPES[name]}
+    recipe = {"contrast": float(name == "own" and 5 * labels <= rows < 200), **RECIPES[name]}
     if name != "published" and labels >= 20:
         recipe["lr"] *= 2
     if name == "own" and rows >= 20_000:
@@ -1356,7 +1357,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make a model quick; only rounding changes, and what dropout draws."""
+    """Make a model quick, its last layer for [CLS] alone: only rounding and dropout change."""
     for name, parameter in base.model.named_parameters():
         if name not in base.head and not re.search("lora_|modules_to_save", name):
             parameter.data = parameter.data.to(dtype)  # else autocast would, at every step
@@ -1365,8 +1366,7 @@ def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
             module.__class__ = CheapDropout
     config, encoder = base.model.config, base.model.base_model
     if not config.num_hidden_layers or getattr(config, "chunk_size_feed_forward", 0):
-        return base.model  # chunks want a multiple of their size
-    # The last layer computes [CLS] alone
+        return base.model
     if config.model_type in ("bert", "roberta", "electra", "mpnet"):
         attention = encoder.encoder.layer[-1].attention
         attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))

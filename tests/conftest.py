@@ -186,7 +186,7 @@ real_base = pytest.fixture(lambda: real_folder("LORA_TEST_BASE"), scope="session
 def adapters(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both adapters where playground.py looks for them; they know praise from blame."""
     folder = tmp_path_factory.mktemp("playground")
-    more = ["--lr", "0.01", "--epochs", "15", "--targets", "all-linear"]
+    more = ["--lr", "0.01", "--epochs", "20", "--targets", "all-linear"]
     more += ["--label-names", "negative", "positive", "--output"]
     for script, output in ((lora_scratch, SCRATCH), (lora_peft, PEFT)):
         script.main(flags(tiny_base, tiny_data, *more, folder / output))

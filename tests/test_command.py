@@ -247,7 +247,7 @@ def test_the_result_of_other_data_is_replaced_only_when_told(script, tiny_base, 
     assert files_of(tmp_path) == before
     script.main([*arguments, "--overwrite"])
     script.main(arguments)  # it is its own by now
-    assert json.loads((tmp_path / "a.json").read_text())["data"] == "./other"
+    assert json.loads((tmp_path / "a.json").read_text())["data"] == "other"
 
 
 def test_a_run_holds_its_output_until_its_reader_has_enough(tiny_base, tiny_data, tmp_path) -> None:

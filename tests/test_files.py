@@ -153,7 +153,8 @@ WRONG = {  # what would make another model, or none
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_fact_is_refused(key, small, adapter, tmp_path) -> None:
     for value in WRONG[key]:
-        wrong = lambda facts, more={key: value}: facts.update(more)  # noqa: E731
+        alone = {"absolute": {}} if key == "base" else {}
+        wrong = lambda facts, more=alone | {key: value}: facts.update(more)  # noqa: E731
         path = changed(small.path, tmp_path, wrong)
         refused(lambda path=path: load_checkpoint(path), *[path] * (key in ("alpha", "dropout")))
         folder = rewritten(adapter, tmp_path, FACTS_FILE, wrong)

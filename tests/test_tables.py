@@ -409,7 +409,7 @@ def test_training_samples_are_drawn_by_seed(tmp_path: Path) -> None:
     assert all(len(validation) == 60 for _, validation, _ in runs)
     assert len(load(path, "--train-samples", 1000)[0]) == 60
     train, held, _ = load(path / "train.tsv", "--train-samples", 27)
-    assert len(train) == 27 and not {*train.index} & {*held.index} and len(held) == 3
+    assert len(train) == 24 and not {*train.index} & {*held.index} and len(held) == 3
 
 
 # --- Labels

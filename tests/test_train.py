@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import lora_scratch
-from lora_scratch import load_base, load_checkpoint, load_tables, make_parser, predict, tokenize
+from lora_scratch import load_base, load_checkpoint, load_tables, make_parser, parse_flags, predict, tokenize
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_it_learns_and_its_result_is_that_of_the_file(trained) -> None:
     base, checkpoint = load_checkpoint(trained.path)
     assert not any(module.training for module in base.model.modules())
     assert base.model.config.id2label == {0: "bad", 1: "good"}
-    train_rows, eval_rows, _ = load_tables(make_parser("", "").parse_args(trained.flags))
+    train_rows, eval_rows, _ = load_tables(parse_flags(make_parser("", ""), trained.flags))
     sets = [tokenize(rows["text"], base.tokenizer, 128, rows["label"]) for rows in (train_rows, eval_rows)]
     confusion = lora_scratch.count_answers(predict(base.model, sets[1], 3), sets[1].labels)
     result = trained.record["result"]
@@ -73,12 +73,13 @@ def test_the_checkpoint_is_small_and_plain(trained, tiny_base) -> None:
     assert size < trained.path.stat().st_size < size + 20_000
     facts = {key: value for key, value in trained.checkpoint.items() if key != "state_dict"}
     assert json.loads(json.dumps(facts)) == facts  # plain values alone
-    settings = facts.pop("record")["settings"]
+    settings, absolute = facts.pop("record")["settings"], facts.pop("absolute")
     identity = load_base(str(tiny_base), None, ["a", "b", "c"], 128).identity
     assert {key: facts.pop(key) for key in identity} == identity
     sizes = {"max_length": 128, "r": 8, "alpha": 16, "dropout": 0.1, "use_rslora": False}
     names = {"label_names": ["bad", "good"], "targets": ["q_lin", "v_lin"]}
     places = {"base": tiny_base, "data": settings["dataset"]}
+    assert absolute == {key: str(place) for key, place in places.items()}
     places = {key: os.path.relpath(place, trained.path.parent) for key, place in places.items()}
     columns = {"labels": ["0", "1"], "text_column": "sentence", "label_column": "label"}
     assert facts == {"format": 1, "revision": None} | places | names | sizes | columns
@@ -174,7 +175,7 @@ def test_training_is_the_plain_loop(limit, tiny_base, tiny_data, tmp_path) -> No
     """Schedule, clipping, decay, batches, dropout: the same tensors as from ten lines of PyTorch."""
     more = ["--max-steps", 10, "--lr", 0.01, "--warmup", 0.3, "--weight-decay", 0.5, "--max-grad-norm", limit]
     run = Run(tiny_base, tiny_data, tmp_path / "a.pt", *more, "--log-every", 1)
-    rows, _, about = load_tables(make_parser("", "").parse_args(run.flags))
+    rows, _, about = load_tables(parse_flags(make_parser("", ""), run.flags))
     torch.manual_seed(42)
     base = load_base(str(tiny_base), None, about["label_names"], 128)
     lora_scratch.inject_lora(base.model, base.head)
