@@ -8,11 +8,14 @@ train.csv are the table, test.csv is what comes later and is read once, at the e
 same n rows:
 
     lora      lora_scratch.py with nothing but --dataset: the recipe of its defaults
+    setfit    SetFit: for each row 20 pairs of one label and 20 of two, one epoch in batches of 16, then
+              logistic regression on the encoder's mean over the tokens
     trainer   PEFT and the Trainer with its usual settings: q_lin and v_lin, 2e-4, three epochs
     frozen    logistic regression on the frozen encoder's mean over the tokens
     tfidf     logistic regression on words and pairs of words
 
-Interrupted, the same command goes on.
+SetFit needs transformers 4, thus an environment of its own (tests/requirements-setfit.txt). The Python of
+that one adds to the same record: --ways setfit frozen tfidf. Interrupted, the same command goes on.
 """
 
 import argparse
@@ -45,6 +48,22 @@ def lora(model: str, train: DataFrame, texts: list, seed: int, folder: Path) -> 
     flags += ["--output", folder / "answers.csv"]
     measure.run_process([measure.ROOT / "playground.py", *flags])
     return read_table(folder / "answers.csv")["label"].tolist()
+
+
+def setfit(model: str, train: DataFrame, texts: list, seed: int, folder: Path) -> list:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, models
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    from sklearn.linear_model import LogisticRegression
+
+    encoder = models.Transformer(model, max_seq_length=128)
+    pooling = models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    body = SentenceTransformer(modules=[encoder, pooling, models.Normalize()], device="cpu")
+    classifier = SetFitModel(body, LogisticRegression())
+    options = {"num_iterations": 20, "batch_size": 16, "num_epochs": 1, "seed": seed}
+    options |= {"output_dir": str(folder), "save_strategy": "no", "report_to": "none"}
+    Trainer(classifier, TrainingArguments(**options), Dataset.from_pandas(train)).train()
+    return classifier.predict(texts).tolist()
 
 
 def trainer(model: str, train: DataFrame, texts: list, seed: int, folder: Path) -> list:
@@ -91,8 +110,8 @@ def tfidf(model: str, train: DataFrame, texts: list, seed: int, folder: Path) ->
     return pipeline.fit(train["text"], train["label"]).predict(texts).tolist()
 
 
-WAYS = {"lora": lora, "trainer": trainer, "frozen": frozen, "tfidf": tfidf}
-NEEDS = {"trainer": "peft", "frozen": "sklearn", "tfidf": "sklearn"}
+WAYS = {"lora": lora, "setfit": setfit, "trainer": trainer, "frozen": frozen, "tfidf": tfidf}
+NEEDS = {"setfit": "setfit", "trainer": "peft", "frozen": "sklearn", "tfidf": "sklearn"}
 
 
 def run_once(args: argparse.Namespace, name: str, rows: int, way: str, seed: int) -> dict:
@@ -155,7 +174,8 @@ def main() -> None:
     add("--model", required=True, help="the base model")
     add("--rows", type=int, nargs="+", default=[50, 100, 300, 1000], help="(default: 50 100 300 1000)")
     add("--sets", nargs="+", help="(default: every folder in --data)")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
+    usual = [way for way in WAYS if way != "setfit"]
+    add("--ways", nargs="+", choices=WAYS, default=usual, help="(default: all but setfit)")
     add("--seeds", type=int, nargs="+", default=measure.SEEDS, help="(default: 42 43 44)")
     add("--jobs", type=int, default=1, help="runs at a time, a thread each (default: %(default)s)")
     args = parser.parse_args()
