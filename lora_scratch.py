@@ -1023,10 +1023,11 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     return record | {"parameters": counts, "epochs": []}
 
 
+@torch.inference_mode()
 def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
     """Make the model as sure as it is right: divide its logits by the likeliest temperature.
 
-    See arXiv:1706.04599; it goes into the head's last layer. A frozen head keeps 1.
+    See arXiv:1706.04599; it goes into these and the head's last layer. A frozen head keeps 1.
     """
     own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
     layer = [m for m in own if getattr(m, "out_features", 0) == model.config.num_labels][-1]
@@ -1034,8 +1035,8 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
     if len(labels) >= 10 and layer.weight.requires_grad:
         tried = torch.logspace(0, 1, 101).tolist()
         temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
-    for parameter in layer.parameters():
-        parameter.data /= temperature
+    for divided in (logits, *(parameter.data for parameter in layer.parameters())):
+        divided /= temperature
     how = "not fitted: percentages may be far too sure"
     if temperature > 1:
         how = f"{temperature:.2f} divides the logits: fitted on {len(labels):,} unseen sentences"
@@ -1090,7 +1091,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     confusion = count_answers(logits, torch.tensor([*rows["label"]]))
     result, size = score(confusion), sum(file.stat().st_size for file in files)
     result |= {"bytes": size, "label_names": names, "confusion": confusion.tolist()}
-    sure, answers = (logits / record["temperature"]).softmax(dim=1).max(dim=1)
+    sure, answers = logits.softmax(dim=1).max(dim=1)
     judged = rows.assign(answer=answers.tolist(), percent=(100 * sure).tolist()).rename_axis("row")
     wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False)
     wrong[["label", "answer"]] = wrong[["label", "answer"]].map(names.__getitem__)

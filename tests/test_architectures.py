@@ -73,7 +73,7 @@ def calibrated(model: nn.Module) -> float:
     tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
     before = predict(model, tokens, 4)
     tokens.labels = before.argmin(dim=1)
-    temperature = calibrate(model, before, tokens.labels)
+    temperature = calibrate(model, before.clone(), tokens.labels)
     assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
     return temperature
 

@@ -41,10 +41,13 @@ def test_it_learns_and_its_result_is_that_of_the_file(trained) -> None:
     assert base.model.config.id2label == {0: "bad", 1: "good"}
     train_rows, eval_rows, _ = load_tables(parse_flags(make_parser("", ""), trained.flags))
     sets = [tokenize(rows["text"], base.tokenizer, 128, rows["label"]) for rows in (train_rows, eval_rows)]
-    confusion = lora_scratch.count_answers(predict(base.model, sets[1], 3), sets[1].labels)
+    answers = predict(base.model, sets[1], 3)
+    confusion = lora_scratch.count_answers(answers, sets[1].labels)
     result = trained.record["result"]
     assert result["confusion"] == confusion.tolist() and result["label_names"] == ["bad", "good"]
     assert result["correct"] == int(confusion.trace()) == 7 and result["accuracy"] == 70
+    sure = answers.softmax(dim=1).amax(dim=1)[sets[1].labels != answers.argmax(dim=1)]
+    assert sorted(one["percent"] / 100 for one in result["mistakes"]) == pytest.approx(sure.sort().values)
     assert result["bytes"] == trained.path.stat().st_size
     assert "accuracy 70.00 % (7/10)" in trained.said
     scaled = predict(base.model, sets[0], 32) * trained.record["temperature"]
