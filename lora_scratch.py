@@ -24,7 +24,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -34,6 +33,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unicodedata import category
 from zipfile import ZipFile
 
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait sleep soon, for a busy machine
@@ -253,7 +254,6 @@ def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[B
     base = load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
-
     lora = {key: getattr(args, key) for key in LORA_FACTS}  # targets, r, alpha, dropout, use_rslora
     wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # the frozen weights in `dtype`
@@ -630,8 +630,6 @@ def choose_column(where: str, table: DataFrame, what: str, taken: str | None = N
 
 
 def is_blank(text: str) -> bool:
-    from unicodedata import category
-
     return all(c.isspace() or category(c) in ("Cc", "Cf") for c in text)  # without width
 
 
@@ -787,7 +785,7 @@ def copy_all(source: dict, target: dict) -> None:
 
 
 def write_file(path: Path, write: Callable) -> None:
-    """Let `write` fill a temporary file, then move it into place, whole or not at all."""
+    """Let `write` fill a temporary file, then move it into place."""
     with refusing(f"cannot write {path}, which is as it was", "make room or name another place"):
         target = path.resolve()  # a link stays a link, the move on one file system
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -802,14 +800,12 @@ def write_file(path: Path, write: Callable) -> None:
 
 
 def write_folder(path: Path, write: Callable, last: str = "") -> None:
-    """Let `write` fill a temporary folder, then move its files, `last` last."""
-    from tempfile import TemporaryDirectory
-
-    full = f"cannot write {path}", "make room or name another place"
-    with refusing(*full), TemporaryDirectory() as temporary:
+    """Let `write` fill a temporary folder; move its files, `last` last."""
+    remedy = "make room there or in TMPDIR"
+    with refusing(f"cannot write {path}", remedy), TemporaryDirectory() as temporary:
         write(Path(temporary))
         for old in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
-            write_file(path / old.name, lambda new, old=old: shutil.copyfile(old, new))
+            write_file(path / old.name, lambda new, old=old: new.write_bytes(old.read_bytes()))
 
 
 # --- Resuming ---------------------------------
@@ -820,7 +816,7 @@ class TrainingState:
 
     MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
     MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
-    MUST_MATCH += " base_config"
+    MUST_MATCH += " base_config folds"
 
     def __init__(self, args: Namespace, model, facts: dict, record: dict, train_set, eval_set):
         self.args, self.model, self.facts, self.record = args, model, facts, record
@@ -843,7 +839,9 @@ class TrainingState:
             moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": p.new_zeros(()), **moments}
         moments = {"state": dict(enumerate(optimizer.state.values()))}
-        self.tensors = {"trained": trained, "optimizer": moments, "losses": self.losses}
+        self.given = torch.zeros(len(self.eval_set))  # of the given labels, summed
+        kept = {"losses": self.losses, "given": self.given}
+        self.tensors = {"trained": trained, "optimizer": moments, **kept}
         if self.args.resume and self.path.exists():
             self.load()
         elif self.args.resume:
@@ -912,6 +910,7 @@ class TrainingState:
         epoch["train_loss"] = losses.mean().item()
         said = f"epoch {epoch['epoch']}: training loss {epoch['train_loss']:.4f}, "
         if len(labels):  # none with --folds
+            self.given += logits.softmax(dim=1)[range(len(labels)), labels]
             result = score(count_answers(logits, labels))
             epoch |= {key: result[key] for key in ("accuracy", "correct", "total")}
             epoch["eval_loss"] = F.cross_entropy(logits, labels).item()
@@ -983,13 +982,14 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
     for number in range(args.folds + 1):
         every = args.folds if number else 2
         held = rows["text"].isin(draw_texts(rows, args.seed, every, number % every))
-        own = Namespace(**vars(args) | {"output": Path(f"{args.output}.parts", f"{number}")})
+        own = Namespace(**vars(args) | {"output": Path(f"{args.output}.part{number}")})
         with contextlib.redirect_stdout(None):
             _, state = fit(own, machine, about, rows[~held], rows[held])
         logits[held.tolist()] = found = predict(state.model, state.eval_set, 32)
         result = {"rows": int(sum(~held))} | score(count_answers(found, state.eval_set.labels))
+        rows.loc[held, "percent"] = (100 - 100 * state.given / len(state.record["epochs"])).numpy()
         rows.attrs["parts"].append(result)
-        print(f"trained on {result['rows']:,} rows, asked the others: {result['text']}", flush=True)
+        print(f"trained on {result['rows']:,} rows, asked the rest: {result['text']}", flush=True)
     return rows, logits
 
 
@@ -1027,7 +1027,7 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
 def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
     """Make the model as sure as it is right: divide its logits by the likeliest temperature.
 
-    See arXiv:1706.04599; it goes into these and the head's last layer. A frozen head keeps 1.
+    See arXiv:1706.04599; the head's last layer takes it, too. A frozen head keeps 1.
     """
     own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
     layer = [m for m in own if getattr(m, "out_features", 0) == model.config.num_labels][-1]
@@ -1046,9 +1046,8 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
 
 def count_answers(logits: Tensor, labels: Tensor) -> Tensor:
     """How often each label (row) was answered with each (column)."""
-    number = logits.shape[1]
-    pairs = torch.bincount(labels * number + logits.argmax(dim=1), minlength=number**2)
-    return pairs.view(number, number)
+    pairs = labels * logits.shape[1] + logits.argmax(dim=1)
+    return torch.bincount(pairs, minlength=logits.shape[1] ** 2).view(logits.shape[1], -1)
 
 
 def score(confusion: Tensor) -> dict:
@@ -1092,19 +1091,20 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     result, size = score(confusion), sum(file.stat().st_size for file in files)
     result |= {"bytes": size, "label_names": names, "confusion": confusion.tolist()}
     sure, answers = logits.softmax(dim=1).max(dim=1)
-    judged = rows.assign(answer=answers.tolist(), percent=(100 * sure).tolist()).rename_axis("row")
+    judged = rows.assign(answer=answers.tolist(), percent=rows.get("percent", 100 * sure.numpy()))
     wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False)
     wrong[["label", "answer"]] = wrong[["label", "answer"]].map(names.__getitem__)
-    result["mistakes"] = wrong[:1000].reset_index().to_dict("records")
+    result["mistakes"] = wrong[:1000].rename_axis("row").reset_index().to_dict("records")
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
     write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
     print(f"saved {args.output} ({size / 1e6:.1f} MB); of unseen rows, the surest mistakes:")
-    for row, one in wrong[:10].map(visible, width=60).iterrows():  # or the label is wrong
-        print(f"  row {row}, {one['label']}: {one['answer']} {one['percent']:.4} % | {one['text']}")
+    for row, one in wrong[:10].map(visible, width=60).iterrows():
+        print(f"  row {row}, {one['label']}: {one['answer']} {one['percent']:.5} % | {one['text']}")
     print(report_labels(confusion, names))
-    shutil.rmtree(f"{args.output}.parts", ignore_errors=True)
+    for number in range(args.folds + 1 if args.folds else 0):
+        Path(f"{args.output}.part{number}.state").unlink(missing_ok=True)
     if len(rows) < 100 and not args.folds:
-        note(f"{len(rows)} rows say little: --folds 5 judges all, in six more trainings")
+        note(f"{len(rows)} rows say little: --folds 5 judges more, in six trainings")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
 
@@ -1139,7 +1139,7 @@ NUMBERS = {  # flags: type, default, least, most, help
     "weight_decay": (float, 0.01, 0, 1e8, "of AdamW"),
     "max_grad_norm": (float, 1.0, 0, 1e8, "of all gradients; 0: no limit"),
     "contrast": (float, None, 0, 1e8, "weight of SupCon's term (1 below 200 rows, else 0)"),
-    "folds": (int, None, 2, 100, "judge every row: so many trainings without it"),
+    "folds": (int, None, 2, 100, "judge every row by a model of the other parts"),
     "seed": (int, 42, 0, 2**32 - 1, "of all randomness"),
     "threads": (int, None, 1, 1024, "of the CPU"),
     "log_every": (int, 20, 1, 10**8, "steps a report"),
@@ -1242,12 +1242,12 @@ def check_output(args: Namespace, is_file: bool) -> None:
         folder = beside(output, "") if is_file else output
         result = output if is_file else output / "lora_peft.json"
         output.parent.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
+        if os.environ.get("RANK", "0") == "0":
             hold(output)
-        files = beside(output, ".json"), Path(f"{output}.state"), result
-        found = [path for path in files if os.path.lexists(path)]
+        states = map(Path, (f"{output}.state", f"{output}.part0.state"))
+        found = [*filter(os.path.lexists, (beside(output, ".json"), *states, result))]
         for path in [] if args.overwrite else found:
-            with refusing(f"--output: {path} is not replaced", "name another, or add --overwrite"):
+            with refusing(f"--output: {path} is not replaced", remedy):
                 old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
                 if (data := old.get("data")) != seen_from(output, {"data": args.data})["data"]:
                     raise ValueError(f"it was made from {data or 'unknown data'}")
@@ -1256,7 +1256,7 @@ def check_output(args: Namespace, is_file: bool) -> None:
             raise ValueError(f"{folder} is something else")
         probe = output.resolve().with_name(f".{output.name}.tmp")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 HELD = contextlib.ExitStack()  # open files with locks
@@ -1271,7 +1271,7 @@ def hold(output: Path) -> None:
 
 
 def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and type to compute in; sets threads and seed, joins torchrun."""
+    """Device and type to compute in; sets threads, joins torchrun."""
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     if not has_gpu and (args.device == "cuda" or args.precision == "fp16"):
         asked = f"--device {args.device} --precision {args.precision}"
@@ -1358,10 +1358,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make a model quick, its last layer for [CLS] alone: only rounding and dropout change."""
+    """Make a model quick, its last layer for [CLS] alone; only rounding and dropout change."""
     for name, parameter in base.model.named_parameters():
         if name not in base.head and not re.search("lora_|modules_to_save", name):
-            parameter.data = parameter.data.to(dtype)  # else autocast would, at every step
+            parameter.data = parameter.data.to(dtype)
     for module in base.model.modules():
         if type(module) is nn.Dropout and not module.inplace:
             module.__class__ = CheapDropout
