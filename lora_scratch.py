@@ -162,7 +162,7 @@ def train(
             loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
             loss = weight * (loss + args.contrast * contrast(output, labels))
             scaler.scale(loss).backward()
-            sum_over_processes(*(p.grad for p in parameters))  # one process: nothing to do
+            sum_over_processes(*(p.grad for p in parameters))  # of all processes
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
             scaler.step(optimizer)
@@ -454,7 +454,7 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
         is_held = train["text"].isin(draw_texts(train[is_sure], args.seed, every=10))
         train, held = train[~is_held], train[is_held]
         if held.empty:
-            raise InputError(f"{where}: too few texts to hold any out; give a validation split")
+            raise InputError(f"{where}: too few texts; give a validation split")
         print(f"{visible(where)}: {len(held):,} rows are held out by seed")
     return train.sort_index(), held.sort_index(), about
 
@@ -844,8 +844,6 @@ class TrainingState:
         self.tensors = {"trained": trained, "optimizer": moments, **kept}
         if self.args.resume and self.path.exists():
             self.load()
-        elif self.args.resume:
-            print(f"no state {self.path} yet: this is the start")
         self.epoch_start, self.clock = self.done, time.perf_counter()
         is_notebook = {"JPY_PARENT_PID", "COLAB_RELEASE_TAG"} & os.environ.keys()
         silent = bool(is_notebook or rank_and_size()[0]) or None  # None: without a terminal
@@ -939,7 +937,7 @@ class TrainingState:
         if dist.is_initialized():  # the others end here, and the first one saves
             dist.destroy_process_group()
         if self.stopped:
-            note(f"stopped after step {self.done}; add --resume to go on")
+            note(f"stopped after step {self.done}, {self.path}; add --resume to go on")
         if self.stopped or rank:
             sys.exit(self.stopped and 128 + self.stopped)
 
@@ -982,14 +980,15 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
     for number in range(args.folds + 1):
         every = args.folds if number else 2
         held = rows["text"].isin(draw_texts(rows, args.seed, every, number % every))
-        own = Namespace(**vars(args) | {"output": Path(f"{args.output}.part{number}")})
+        part = Namespace(**vars(args) | {"output": Path(f"{args.output}.part{number}")})
         with contextlib.redirect_stdout(None):
-            _, state = fit(own, machine, about, rows[~held], rows[held])
+            _, state = fit(part, machine, about, rows[~held], rows[held])
         logits[held.tolist()] = found = predict(state.model, state.eval_set, 32)
         result = {"rows": int(sum(~held))} | score(count_answers(found, state.eval_set.labels))
         rows.loc[held, "percent"] = (100 - 100 * state.given / len(state.record["epochs"])).numpy()
         rows.attrs["parts"].append(result)
-        print(f"trained on {result['rows']:,} rows, asked the rest: {result['text']}", flush=True)
+        done = f"training {number + 1} of {args.folds + 2}"
+        print(f"{done}, {result['rows']:,} rows: {result['text']}", flush=True)
     return rows, logits
 
 
@@ -1011,11 +1010,10 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
         print(f"{part:12}{count:>12,} {share:6.2f} %  {details[part]}")
     counts["trained"] = sum(p.numel() for p in named.values() if p.requires_grad)
     cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
-    hardware = torch.cuda.get_device_name() if parameter.is_cuda else cpu
-    hardware += f", {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if parameter.is_cuda else cpu
+    hardware = f"{device}, {torch.get_num_threads()} threads"
     precision = str(dtype).removeprefix("torch.")
-    versions = {"python": sys.version.split()[0]}
-    versions |= {library.__name__: str(library.__version__) for library in (torch, transformers)}
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     print(f"{'machine':12}{hardware}, {precision}", flush=True)
     settings = json.loads(json.dumps(vars(args), default=str))
     record = seen_from(args.output, {"data": args.data, "settings": settings})
@@ -1037,9 +1035,9 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
         temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
     for divided in (logits, *(parameter.data for parameter in layer.parameters())):
         divided /= temperature
-    how = "not fitted: percentages may be far too sure"
+    how = "1: not corrected, percentages may be far too sure"
     if temperature > 1:
-        how = f"{temperature:.2f} divides the logits: fitted on {len(labels):,} unseen sentences"
+        how = f"{temperature:.2f}: percentages are corrected by {len(labels):,} unseen rows"
     print(f"{'temperature':12}{how}")
     return temperature
 
@@ -1090,20 +1088,23 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     confusion = count_answers(logits, torch.tensor([*rows["label"]]))
     result, size = score(confusion), sum(file.stat().st_size for file in files)
     result |= {"bytes": size, "label_names": names, "confusion": confusion.tolist()}
-    sure, answers = logits.softmax(dim=1).max(dim=1)
+    sure, answers = logits.double().softmax(dim=1).max(dim=1)
     judged = rows.assign(answer=answers.tolist(), percent=rows.get("percent", 100 * sure.numpy()))
-    wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False)
+    wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False).round(1)
     wrong[["label", "answer"]] = wrong[["label", "answer"]].map(names.__getitem__)
     result["mistakes"] = wrong[:1000].rename_axis("row").reset_index().to_dict("records")
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
     write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
-    print(f"saved {args.output} ({size / 1e6:.1f} MB); of unseen rows, the surest mistakes:")
+    print(f"saved {args.output} ({size / 1e6:.1f} MB); surest mistakes, or wrong labels:")
     for row, one in wrong[:10].map(visible, width=60).iterrows():
-        print(f"  row {row}, {one['label']}: {one['answer']} {one['percent']:.5} % | {one['text']}")
+        print("  row {}, given {label}, answered {answer} {percent} % | {text}".format(row, **one))
     print(report_labels(confusion, names))
-    for number in range(args.folds + 1 if args.folds else 0):
-        Path(f"{args.output}.part{number}.state").unlink(missing_ok=True)
-    if len(rows) < 100 and not args.folds:
+    if args.folds:
+        half, part = record["parts"][:2]
+        print(f"by models of {part['rows']:,} rows; one of {half['rows']:,} {half['accuracy']:.1f} %")
+        for number in range(args.folds + 1):
+            Path(f"{args.output}.part{number}.state").unlink(missing_ok=True)
+    elif len(rows) < 100:
         note(f"{len(rows)} rows say little: --folds 5 judges more, in six trainings")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
@@ -1139,7 +1140,7 @@ NUMBERS = {  # flags: type, default, least, most, help
     "weight_decay": (float, 0.01, 0, 1e8, "of AdamW"),
     "max_grad_norm": (float, 1.0, 0, 1e8, "of all gradients; 0: no limit"),
     "contrast": (float, None, 0, 1e8, "weight of SupCon's term (1 below 200 rows, else 0)"),
-    "folds": (int, None, 2, 100, "judge every row by a model of the other parts"),
+    "folds": (int, None, 2, 100, "judge each row by a model without it: N + 1 more trainings"),
     "seed": (int, 42, 0, 2**32 - 1, "of all randomness"),
     "threads": (int, None, 1, 1024, "of the CPU"),
     "log_every": (int, 20, 1, 10**8, "steps a report"),
@@ -1227,8 +1228,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
     if name != "published" and not args.epochs and steps < 400:  # few rows are seen more often
         chosen.max_steps = chosen.max_steps or 400
     length = f"{chosen.max_steps} steps" if chosen.max_steps else f"{chosen.epochs} epochs"
-    how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}"
-    how += f", contrast {chosen.contrast:g}" if chosen.contrast else ""
+    how = f"rate {chosen.lr:g}, {length}, batches of {chosen.batch_size}, contrast {chosen.contrast:g}"
     print(f"{'recipe':12}{name}, {rows:,} rows, {labels:,} labels: {how}")
     return chosen
 
