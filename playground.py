@@ -511,11 +511,12 @@ def serve(models: list[Model], args: Namespace) -> None:
             parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
         text.submit(ask, text, parts, concurrency_id="models")
         with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # the data may be gone
-            settings = Namespace(**models[0].facts["record"]["settings"])
             data = training_data(models[0])
             if data.is_file() or data.is_dir():
-                settings.dataset = str(data)
-                shown = [[sentence] for sentence in load_tables(settings)[1]["text"][:5]]
+                settings = models[0].facts["record"]["settings"] | {"folds": None}
+                settings |= {"data": str(data), "dataset": str(data)}
+                rows = load_tables(Namespace(**settings))[1]
+                shown = [[sentence] for sentence in rows["text"][:5]]
                 gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
         file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
         file.upload(answer_file, file, gradio.File(label="With answers"), concurrency_id="models")
