@@ -510,7 +510,7 @@ def serve(models: list[Model], args: Namespace) -> None:
             parts.append(gradio.Label(label="probabilities", show_heading=False))
             parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
         text.submit(ask, text, parts, concurrency_id="models")
-        with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # the data may be gone
+        with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # data is gone
             data = training_data(models[0])
             if data.is_file() or data.is_dir():
                 settings = models[0].facts["record"]["settings"] | {"folds": None}
