@@ -160,7 +160,7 @@ def train(
             with autocast(model):  # in the type of the frozen base
                 output = model(**inputs, output_hidden_states=True)
             loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
-            loss = weight * (loss + args.contrast * contrast(output, labels))
+            loss = weight * (loss + args.contrast * contrast(output, labels))  # SST-2: 0
             scaler.scale(loss).backward()
             sum_over_processes(*(p.grad for p in parameters))  # of all processes
             scaler.unscale_(optimizer)
@@ -181,22 +181,6 @@ def train(
                 state.save(done)
             if state.stopped:
                 break
-
-
-def contrast(output, labels: Tensor) -> Tensor:
-    """How unlike sentences of one label look to the model: SupCon (arXiv:2004.11362, equation 2).
-
-    The sum over sentences i of the mean, over the j of i's label, of -log (e^s_ij / Σ_k e^s_ik).
-    s: cosine similarity of [CLS] / 0.1; j and k are not i. It counts as the labels are learnt,
-    wholly from half of chance's cross-entropy on: alone it is lost where all [CLS] are alike.
-    """
-    cls = F.normalize(output.hidden_states[-1][:, 0].float(), dim=1)  # (sentences, width)
-    itself = torch.eye(len(labels), device=labels.device)
-    logs = F.log_softmax(10 * cls @ cls.T - 1e9 * itself, dim=1)  # (sentences, sentences)
-    partners = (labels[:, None] == labels).float() - itself
-    mean = (partners * logs).sum(dim=1) / partners.sum(dim=1).clamp(min=1)
-    entropy = F.cross_entropy(output.logits.detach().float(), labels)
-    return -mean.sum() * (2 - 2 * entropy / math.log(output.logits.shape[1])).clamp(0, 1)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
@@ -958,13 +942,29 @@ def own_share(batch: list[int]) -> tuple[list[int], float]:
 
 
 def sum_over_processes(*tensors: Tensor) -> Tensor:
-    """Add up each tensor, in place; return the first."""
+    """Add each up, in place; return the first."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
     return tensors[0]
 
 
-# --- Folds ------------------------------------
+# --- Small tables -----------------------------
+
+
+def contrast(output, labels: Tensor) -> Tensor:
+    """How unlike sentences of one label look to the model: SupCon (arXiv:2004.11362, equation 2).
+
+    The sum over sentences i of the mean, over the j of i's label, of -log (e^s_ij / Σ_k e^s_ik).
+    s: cosine similarity of [CLS] / 0.1; j and k are not i. It counts as the labels are learnt,
+    wholly from half of chance's cross-entropy on: alone it is lost where all [CLS] are alike.
+    """
+    cls = F.normalize(output.hidden_states[-1][:, 0].float(), dim=1)  # (sentences, width)
+    itself = torch.eye(len(labels), device=labels.device)
+    logs = F.log_softmax(10 * cls @ cls.T - 1e9 * itself, dim=1)  # (sentences, sentences)
+    partners = (labels[:, None] == labels).float() - itself
+    mean = (partners * logs).sum(dim=1) / partners.sum(dim=1).clamp(min=1)
+    entropy = F.cross_entropy(output.logits.detach().float(), labels)
+    return -mean.sum() * (2 - 2 * entropy / math.log(output.logits.shape[1])).clamp(0, 1)
 
 
 def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -> tuple:

@@ -12,7 +12,7 @@ PLUMBING, FENCE, REST = "# === PLUMBING", "# ---- one step of training ----", "#
 # What each statement of the step assigns or calls, in their order
 STEP = ["optimizer.param_groups[0]['lr']", "autocast", "output", "loss", "loss", "backward"]
 STEP += ["sum_over_processes", "unscale_", "clip_grad_norm_", "step", "update", "zero_grad"]
-STORY_LINES, TRAIN_LINES, WIDTH = 285, 50, 110
+STORY_LINES, TRAIN_LINES, WIDTH = 275, 50, 110
 MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines, 67,000 bytes, 90 definitions
     "lora_scratch.py": 1400,
     "lora_peft.py": 250,
@@ -97,7 +97,7 @@ def put_before(mark: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("changed", "fault"),
     [
-        (put_before(PLUMBING, "\n" * 285), "the story is too long"),
+        (put_before(PLUMBING, "\n" * 275), "the story is too long"),
         (put_before("optimizer.zero_grad()", "try:\n    a()\nexcept ValueError:\n    b()"), "except"),
         (put_before("model.eval()", "raise ValueError"), "raise"),
         (put_before("state.losses[step] =", "if a:\n    if b:\n        c()"), "train is nested too deep"),
