@@ -996,7 +996,7 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
 
 
 def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped, dtype) -> dict:
-    """Print what is trained and where, and begin the run's record."""
+    """Print what is trained and where; begin the record."""
     layers = ", ".join(sorted({path.split(".")[-1] for path in wrapped}))
     details = {"lora": f"r {args.r}, alpha {args.alpha:g}, on {len(wrapped)} layers ({layers})"}
     details["head"] = "frozen at its random start" if args.freeze_head else "trained"
