@@ -1095,7 +1095,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     result["mistakes"] = wrong[:1000].rename_axis("row").reset_index().to_dict("records")
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
     write_file(beside(args.output, ".json"), lambda file: file.write_text(text, encoding="utf-8"))
-    print(f"saved {args.output} ({size / 1e6:.1f} MB); surest mistakes, or wrong labels:")
+    print(f"saved {args.output} ({size / 1e6:.1f} MB); mistakes or wrong labels: {len(wrong)}")
     for row, one in wrong[:10].map(visible, width=60).iterrows():
         print("  row {}, given {label}, answered {answer} {percent} % | {text}".format(row, **one))
     print(report_labels(confusion, names))
