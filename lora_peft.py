@@ -51,7 +51,7 @@ MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_ver
 def make_config(base: Base, facts: dict, use_dora: bool = False) -> peft.LoraConfig:
     """PEFT's configuration of the same adapter; by itself it matches names by suffix."""
     head_layers = sorted({name.rpartition(".")[0] for name in base.head})
-    wrapped = find_targets(base.model, base.head, facts["targets"])
+    wrapped = find_targets(base.model, base.head, facts["targets"], facts.get("layers"))
     paths = [path for path, _ in base.model.named_modules() if path not in head_layers]
     name = os.path.abspath(facts["base"]) if os.path.exists(facts["base"]) else facts["base"]
     namesakes = [path for path in paths if path.split(".")[-1] in facts["targets"]]
@@ -104,7 +104,7 @@ def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[B
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
 
-    wrapped = find_targets(base.model, base.head, args.targets)
+    wrapped = find_targets(base.model, base.head, args.targets, args.layers)
     facts = adapter_facts(args, base, about, wrapped)
     adapter = wrap(base, make_config(base, facts, args.use_dora), not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # with PEFT's layers in it

@@ -93,14 +93,19 @@ DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"]}
 DEFAULT_TARGETS |= {name: ["query", "value"] for name in ("bert", "roberta", "electra")}
 
 
-def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -> list[str]:
+def find_targets(model, head: list[str], targets: list[str] | None, layers=None) -> list[str]:
     """Paths of the linear layers whose own name is one of `targets`, outside the head.
 
     Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every one, None the default
-    of the architecture. `head` names the head's parameters. InputError for other targets.
+    of the architecture; `layers`: in so many upper layers of the encoder alone. `head` names the
+    head's parameters. InputError for other targets.
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
+    if layers:
+        lowest = model.config.num_hidden_layers - layers
+        numbers = {path: re.findall(r"layers?\.(\d+)\.", path) for path in linear}
+        linear = [path for path in linear if any(int(number) >= lowest for number in numbers[path])]
     if targets == ["all-linear"] and linear:
         return linear
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type, [])
@@ -108,15 +113,15 @@ def find_targets(model: nn.Module, head: list[str], targets: list[str] | None) -
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"{unknown[0]!r} is no linear layer of the encoder" if unknown else "no default"
-        raise InputError(f"{model.config.model_type}: {what}; see --targets: {', '.join(names)}")
+        raise InputError(f"{model.config.model_type}: {what}; see --layers and --targets: {', '.join(names)}")
     return [path for path in linear if path.split(".")[-1] in targets]
 
 
 def inject_lora(
-    model, head: list[str], targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False, train_head=True
+    model, head, targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False, layers=None, train_head=True
 ) -> list[str]:
     """Wrap the target layers in LoRALinear, freeze all else but the head; return the paths."""
-    wrapped = find_targets(model, head, targets)
+    wrapped = find_targets(model, head, targets, layers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(train_head and name in head)
     for path in wrapped:  # A and B train
@@ -683,7 +688,7 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
 
 FORMAT = 1  # of every file; a reader refuses another number
 PLACES = {"base", "data"}  # paths, or names of the Hub
-LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
+LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora", "layers")
 
 
 def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) -> dict:
@@ -724,7 +729,7 @@ def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable)
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
     """The trained model in float32, on the CPU, and its facts; its base is now at `base_name`."""
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
-        checkpoint = seen_from_here(Path(path), read_tensors(path))
+        checkpoint = {"layers": None} | seen_from_here(Path(path), read_tensors(path))  # None: all
         check_facts(checkpoint, checkpoint["state_dict"])
         base = find_trained_base(checkpoint, base_name)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
@@ -1132,6 +1137,7 @@ NUMBERS = {  # flags: type, default, least, most, help
     "r": (int, 8, 1, 65_536, "rank of the update"),
     "alpha": (float, 16.0, 0, 1e6, "scaling = alpha / r"),
     "dropout": (float, 0.1, 0, 0.99, "on the LoRA branch"),
+    "layers": (int, None, 1, 200, "upper layers with adapters (all)"),
     "epochs": (int, None, 1, 10**4, "(3; best 2; own 1 from 20,000 rows)"),
     "max_steps": (int, None, 1, 10**8, "instead of epochs (own, best: at least 400)"),
     "batch_size": (int, None, 1, 10**8, "sentences a step (16; best 32)"),

@@ -1,11 +1,23 @@
 """Every architecture of the README, in both scripts: train, convert, export, answer alike."""
 
-from lora_scratch import autocast, calibrate, load_base, predict, speed_up
+from lora_scratch import autocast, calibrate, collate, find_targets, inject_lora, load_base, predict, speed_up
 
 import pytest
 import torch
 import transformers
-from conftest import GOOD, SCRIPTS, TINY, as_tokens, ask, ask_json, flags, logits, output_of, with_tokenizer
+from conftest import (
+    GOOD,
+    SCRIPTS,
+    TINY,
+    as_tokens,
+    ask,
+    ask_json,
+    flags,
+    logits,
+    output_of,
+    refused,
+    with_tokenizer,
+)
 from torch import nn
 
 import lora_peft
@@ -66,6 +78,27 @@ def test_train_save_convert_and_export(script, name, tiny_base, tiny_data, tmp_p
     run = transformers.pipeline("text-classification", str(tmp_path / "export"), device="cpu")
     for found, answer in zip(run(texts, truncation=True, top_k=None), answers, strict=True):
         assert {one["label"]: one["score"] for one in found} == pytest.approx(answer, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["distilbert", *ARCHITECTURES])
+def test_adapters_in_the_upper_layer_alone(name, tiny_base, tmp_path) -> None:
+    """What lies below it gets no gradient, so nothing is computed backwards there."""
+    is_first = name == "distilbert"
+    folder = tiny_base if is_first else with_tokenizer(tmp_path / "base", tiny_base, encoder(name))
+    base = load_base(str(folder), None, ["0", "1"], 100)
+    targets = [] if is_first else ARCHITECTURES[name][2][1:]
+    whole = find_targets(base.model, base.head, targets)
+    if name == "funnel":  # has blocks
+        refused(lambda: inject_lora(base.model, base.head, targets, layers=1), "--layers")
+        return
+    wrapped = inject_lora(base.model, base.head, targets, layers=1)
+    assert wrapped == [path for path in whole if "layer.1." in path] and len(whole) == 2 * len(wrapped)
+    below = []
+    lower, _ = next(m for m in base.model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    lower.register_forward_hook(lambda *outputs: below.append(outputs[2]))
+    base.model(**collate(SENTENCES, [0, 1, 2], base.model)).logits.sum().backward()
+    states = below[-1][0] if isinstance(below[-1], tuple) else below[-1]
+    assert not states.requires_grad
 
 
 def calibrated(model: nn.Module) -> float:

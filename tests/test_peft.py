@@ -49,9 +49,10 @@ def adapter(tiny_base, tiny_data, tmp_path_factory) -> Path:
 
 
 OTHER = ["--targets", "all-linear", "--use-rslora", "--contrast", 1]
+UPPER = ["--targets", "all-linear", "--layers", 1]
 
 
-@pytest.mark.parametrize("more", [[], ["--freeze-head", "--contrast", 1], OTHER])
+@pytest.mark.parametrize("more", [[], ["--freeze-head", "--contrast", 1], OTHER, UPPER])
 def test_both_scripts_lose_alike_from_one_start(more, tiny_base, tiny_data, tmp_path) -> None:
     found = run_both(flags(tiny_base, tiny_data, "--lr", 0.001, "--max-steps", 50, *more), tmp_path)
     peft, scratch = found["lora_peft"], found["lora_scratch"]

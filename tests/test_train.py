@@ -81,7 +81,7 @@ def test_the_checkpoint_is_small_and_plain(trained, tiny_base) -> None:
     settings, absolute = facts.pop("record")["settings"], facts.pop("absolute")
     identity = load_base(str(tiny_base), None, ["a", "b", "c"], 128).identity
     assert {key: facts.pop(key) for key in identity} == identity
-    sizes = {"max_length": 128, "r": 8, "alpha": 16, "dropout": 0.1, "use_rslora": False}
+    sizes = {"max_length": 128, "r": 8, "alpha": 16, "dropout": 0.1, "use_rslora": False, "layers": None}
     names = {"label_names": ["bad", "good"], "targets": ["q_lin", "v_lin"]}
     places = {"base": tiny_base, "data": settings["dataset"]}
     assert absolute == {key: str(place) for key, place in places.items()}
