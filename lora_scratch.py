@@ -826,6 +826,7 @@ class TrainingState:
         self.given = torch.zeros(len(self.eval_set))  # of the given labels, summed
         kept = {"losses": self.losses, "given": self.given}
         self.tensors = {"trained": trained, "optimizer": moments, **kept}
+        self.generators = [torch, torch.cuda][: 1 + torch.cuda.is_initialized()]
         if self.args.resume and self.path.exists():
             self.load()
         self.epoch_start, self.clock = self.done, time.perf_counter()
@@ -847,9 +848,8 @@ class TrainingState:
                 raise ValueError(f"step {self.done} of {total}")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
             self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["generators"][0])
-            if torch.cuda.is_initialized() and len(state["generators"]) > 1:
-                torch.cuda.set_rng_state(state["generators"][1])
+            for generator, then in zip(self.generators, state["generators"], strict=False):
+                generator.set_rng_state(then)
         print(f"resumed after step {self.done} of {total}")
 
     def save(self, done: int) -> None:
@@ -859,8 +859,7 @@ class TrainingState:
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
         state |= {"data": self.record["data"], "epochs": json.dumps(self.record["epochs"])}
         state["scaler"] = self.scaler.state_dict()
-        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        state["generators"] = [torch.get_rng_state(), *gpu]
+        state["generators"] = [generator.get_rng_state() for generator in self.generators]
         if rank_and_size()[0] == 0:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
