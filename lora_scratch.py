@@ -474,8 +474,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
 
 def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
     """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
-    if not is_saved:
-        use_cache_if_offline()
+    use_cache_if_offline()
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -538,8 +537,7 @@ def read_file(path: Path) -> DataFrame:
             table.attrs = {"separator": sep, "mark": is_marked}
     names = [str(name).strip() for name in table.columns]
     names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
-    if names != [*table.columns]:  # pandas copies it time and again
-        table.attrs["header"] = [*map(str, table.columns)]
+    table.attrs["header"] = [*map(str, table.columns)]
     return table.set_axis(names, axis=1)
 
 
@@ -591,8 +589,7 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
         raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
     others = listed([name for name in table if name not in ("", text, label)])
     if columns != (text, label) and (text, label, others) != ("sentence", "label", ""):
-        unread = f"; not read: {others}" if others else ""
-        note(f"{where}: {text!r} is the text, {label!r} the label{unread}")
+        note(f"{where}: {text!r} is the text, {label!r} the label; not read: {others or 'none'}")
     return text, label
 
 
