@@ -679,7 +679,6 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
 # --- Checkpoints ------------------------------
 
 FORMAT = 1  # of every file; a reader refuses another number
-PLACES = {"base", "data"}  # paths, or names of the Hub
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora")
 
 
@@ -691,8 +690,8 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts for the file `path`: places as seen from there, and absolutely."""
-    here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
+    """Facts for the file `path`: places as seen from there, and absolutely; names of the Hub."""
+    here = {key: facts[key] for key in ("base", "data") if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
     return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
 
@@ -1011,10 +1010,9 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     precision = str(dtype).removeprefix("torch.")
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     print(f"{'machine':12}{hardware}, {precision}", flush=True)
-    settings = json.loads(json.dumps(vars(args), default=str))
-    record = seen_from(args.output, {"data": args.data, "settings": settings})
+    record = {"data": args.data, "settings": json.loads(json.dumps(vars(args), default=str))}
     record |= {"versions": versions, "hardware": hardware, "precision": precision}
-    return record | {"parameters": counts, "epochs": []}
+    return seen_from(args.output, record | {"parameters": counts, "epochs": []})
 
 
 @torch.inference_mode()
