@@ -458,7 +458,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
-        return load_data_set(args, is_saved)
+        return load_data_set(args)
     for file in filter(is_table, sorted([*path.glob("*"), *path.glob("data/*")])):
         if split := SPLITS.get(re.split("[-.]", file.name.lower())[0]):
             files.setdefault(split, []).append(file)
@@ -472,7 +472,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     return tables
 
 
-def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
+def load_data_set(args: Namespace) -> dict[str, DataFrame]:
     """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
     use_cache_if_offline()
     import datasets
@@ -480,7 +480,7 @@ def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     with refusing(f"cannot load the data set {args.dataset!r}", WITHOUT_HUB):
-        if is_saved:
+        if Path(args.data).is_dir():
             data = datasets.load_from_disk(args.data)
         else:
             pinned = GLUE[2] if args.dataset == GLUE[0] else None
@@ -818,10 +818,9 @@ class TrainingState:
         for p in trained.values():  # as AdamW does at its first step
             moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": p.new_zeros(()), **moments}
-        moments = {"state": dict(enumerate(optimizer.state.values()))}
         self.given = torch.zeros(len(self.eval_set))  # of the given labels, summed
-        kept = {"losses": self.losses, "given": self.given}
-        self.tensors = {"trained": trained, "optimizer": moments, **kept}
+        self.tensors = {"trained": trained, "losses": self.losses, "given": self.given}
+        self.tensors["optimizer"] = {"state": optimizer.state_dict()["state"]}
         self.generators = [torch, torch.cuda][: 1 + torch.cuda.is_initialized()]
         if self.args.resume and self.path.exists():
             self.load()
