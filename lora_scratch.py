@@ -690,7 +690,7 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 
 def seen_from(path: Path, facts: dict) -> dict:
-    """Facts for the file `path`: places as seen from there, and absolutely; names of the Hub."""
+    """Facts for the file `path`: places as seen from there, and absolutely."""
     here = {key: facts[key] for key in ("base", "data") if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
     return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
@@ -794,9 +794,9 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs."""
 
-    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
-    MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
-    MUST_MATCH += " base_config folds"
+    MAY_DIFFER = "train_samples threads log_every save_every"  # of NUMBERS
+    MUST_MATCH = "targets use_rslora freeze_head use_dora label_names precision"
+    MUST_MATCH += " fingerprint tokenizer base_config"  # beside the other NUMBERS
 
     def __init__(self, args: Namespace, model, facts: dict, record: dict, train_set, eval_set):
         self.args, self.model, self.facts, self.record = args, model, facts, record
@@ -804,7 +804,8 @@ class TrainingState:
         self.path = Path(f"{args.output}.state")
         config = model.config.to_diff_dict() | {"transformers_version": ""}
         known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
-        self.settings = {key: str(known.get(key)) for key in [*self.MUST_MATCH.split(), *LORA_FACTS]}
+        keys = [key for key in NUMBERS if key not in self.MAY_DIFFER.split()]
+        self.settings = {key: str(known.get(key)) for key in keys + self.MUST_MATCH.split()}
         for kind, part in (("training", train_set), ("validation", eval_set)):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
@@ -1009,7 +1010,7 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     precision = str(dtype).removeprefix("torch.")
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     print(f"{'machine':12}{hardware}, {precision}", flush=True)
-    record = {"data": args.data, "settings": json.loads(json.dumps(vars(args), default=str))}
+    record = {"data": args.data, "settings": vars(args) | {"output": str(args.output)}}
     record |= {"versions": versions, "hardware": hardware, "precision": precision}
     return seen_from(args.output, record | {"parameters": counts, "epochs": []})
 
@@ -1083,7 +1084,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     result |= {"bytes": size, "label_names": names, "confusion": confusion.tolist()}
     sure, answers = logits.double().softmax(dim=1).max(dim=1)
     judged = rows.assign(answer=answers.tolist(), percent=rows.get("percent", 100 * sure.numpy()))
-    wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False).round(1)
+    wrong = judged.query("answer != label").sort_values("percent", ascending=False).round(1)
     wrong[["label", "answer"]] = wrong[["label", "answer"]].map(names.__getitem__)
     result["mistakes"] = wrong[:1000].rename_axis("row").reset_index().to_dict("records")
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
@@ -1244,8 +1245,8 @@ def check_output(args: Namespace, is_file: bool) -> None:
                 old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
                 if (data := old.get("data")) != seen_from(output, {"data": args.data})["data"]:
                     raise ValueError(f"it was made from {data or 'unknown data'}")
-        is_strange = folder.is_dir() and any(folder.iterdir()) and not found and not args.overwrite
-        if is_strange or folder.is_dir() != os.path.lexists(folder) or (folder / "config.json").exists():
+        inside = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+        if "config.json" in inside or (inside and not found and not args.overwrite):
             raise ValueError(f"{folder} is something else")
         probe = output.resolve().with_name(f".{output.name}.tmp")
         probe.touch()
