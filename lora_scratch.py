@@ -297,7 +297,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
-        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
+        is_encoder = not config.is_encoder_decoder and config.num_hidden_layers <= 200
+        if not (is_encoder and pads_right and reads):
             raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -739,10 +740,10 @@ def read_tensors(path: str | Path) -> dict:
 def check_facts(facts: dict, tensors: dict) -> None:
     """Raise ValueError for another format, facts out of range or untrue of the tensors."""
     names, r = facts["label_names"], facts["r"]
-    known = {"labels": names, "data": "", "text_column": "", "label_column": "", **facts}
     ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
-    texts = [known[key] for key in ("base", "data", "fingerprint", "text_column", "label_column")]
-    texts += [*names, *known["labels"], *facts["targets"]]
+    texts = [facts["base"], facts["fingerprint"], *facts["targets"], *names]
+    texts += [facts.get(key, "") for key in ("data", "text_column", "label_column")]
+    texts += facts.get("labels", [])
     found = facts["format"], ranks, type(names), len({*names}), {type(text) for text in texts}
     if found != (FORMAT, {r}, list, max(2, len(names)), {str}):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
