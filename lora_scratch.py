@@ -590,7 +590,8 @@ def find_columns(where: str, table: DataFrame, text=None, label=None) -> tuple[s
         raise InputError(f"{where}: {text!r} cannot be text and label; see --label-column")
     others = listed([name for name in table if name not in ("", text, label)])
     if columns != (text, label) and (text, label, others) != ("sentence", "label", ""):
-        note(f"{where}: {text!r} is the text, {label!r} the label; not read: {others or 'none'}")
+        unread = f"; not read: {others}" if others else ""
+        note(f"{where}: {text!r} is the text, {label!r} the label{unread}")
     return text, label
 
 
