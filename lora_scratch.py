@@ -796,9 +796,9 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs."""
 
-    MAY_DIFFER = "train_samples threads log_every save_every"  # of NUMBERS
+    MAY_DIFFER = ("train_samples", "threads", "log_every", "save_every")  # of NUMBERS
     MUST_MATCH = "targets use_rslora freeze_head use_dora label_names precision"
-    MUST_MATCH += " fingerprint tokenizer base_config"  # beside the other NUMBERS
+    MUST_MATCH += " fingerprint tokenizer base_config"
 
     def __init__(self, args: Namespace, model, facts: dict, record: dict, train_set, eval_set):
         self.args, self.model, self.facts, self.record = args, model, facts, record
@@ -806,8 +806,8 @@ class TrainingState:
         self.path = Path(f"{args.output}.state")
         config = model.config.to_diff_dict() | {"transformers_version": ""}
         known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
-        keys = [key for key in NUMBERS if key not in self.MAY_DIFFER.split()]
-        self.settings = {key: str(known.get(key)) for key in keys + self.MUST_MATCH.split()}
+        keys = [*sorted(NUMBERS.keys() - self.MAY_DIFFER), *self.MUST_MATCH.split()]
+        self.settings = {key: str(known.get(key)) for key in keys}
         for kind, part in (("training", train_set), ("validation", eval_set)):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
