@@ -302,7 +302,8 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         tokenizer.truncation_side = "right"
         pads_right = tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
-        if config.is_encoder_decoder or config.num_hidden_layers > 200 or not (pads_right and reads):
+        is_encoder = not config.is_encoder_decoder and config.num_hidden_layers <= 200
+        if not (is_encoder and pads_right and reads):
             raise ValueError("no encoder of up to 200 layers that reads and pads at the right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -463,7 +464,7 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
         return {"training": read_file(path)}
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved or not path.is_dir():
-        return load_data_set(args, is_saved)
+        return load_data_set(args)
     for file in filter(is_table, sorted([*path.glob("*"), *path.glob("data/*")])):
         if split := SPLITS.get(re.split("[-.]", file.name.lower())[0]):
             files.setdefault(split, []).append(file)
@@ -477,16 +478,15 @@ def read_splits(args: Namespace) -> dict[str, DataFrame]:
     return tables
 
 
-def load_data_set(args: Namespace, is_saved: bool) -> dict[str, DataFrame]:
+def load_data_set(args: Namespace) -> dict[str, DataFrame]:
     """The splits of a data set of the Hub, or of a folder that save_to_disk wrote."""
-    if not is_saved:
-        use_cache_if_offline()
+    use_cache_if_offline()
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     with refusing(f"cannot load the data set {args.dataset!r}", WITHOUT_HUB):
-        if is_saved:
+        if Path(args.data).is_dir():
             data = datasets.load_from_disk(args.data)
         else:
             pinned = GLUE[2] if args.dataset == GLUE[0] else None
@@ -543,8 +543,7 @@ def read_file(path: Path) -> DataFrame:
             table.attrs = {"separator": sep, "mark": is_marked}
     names = [str(name).strip() for name in table.columns]
     names = [f"{n} (column {i + 1})" if n in names[:i] else n for i, n in enumerate(names)]
-    if names != [*table.columns]:  # pandas copies it time and again
-        table.attrs["header"] = [*map(str, table.columns)]
+    table.attrs["header"] = [*map(str, table.columns)]
     return table.set_axis(names, axis=1)
 
 
@@ -687,7 +686,6 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
 # --- Checkpoints ------------------------------
 
 FORMAT = 1  # of every file; a reader refuses another number
-PLACES = {"base", "data"}  # paths, or names of the Hub
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora", "layers")
 
 
@@ -700,7 +698,7 @@ def adapter_facts(args: Namespace, base: Base, about: dict, wrapped: list[str]) 
 
 def seen_from(path: Path, facts: dict) -> dict:
     """Facts for the file `path`: places as seen from there, and absolutely."""
-    here = {key: facts[key] for key in PLACES if os.path.exists(facts.get(key, ""))}
+    here = {key: facts[key] for key in ("base", "data") if os.path.exists(facts.get(key, ""))}
     near = {key: os.path.relpath(name, path.parent) for key, name in here.items()}
     return facts | near | {"absolute": {key: os.path.abspath(here[key]) for key in here}}
 
@@ -748,10 +746,10 @@ def read_tensors(path: str | Path) -> dict:
 def check_facts(facts: dict, tensors: dict) -> None:
     """Raise ValueError for another format, facts out of range or untrue of the tensors."""
     names, r = facts["label_names"], facts["r"]
-    known = {"labels": names, "data": "", "text_column": "", "label_column": "", **facts}
     ranks = {len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
-    texts = [known[key] for key in ("base", "data", "fingerprint", "text_column", "label_column")]
-    texts += [*names, *known["labels"], *facts["targets"]]
+    texts = [facts["base"], facts["fingerprint"], *facts["targets"], *names]
+    texts += [facts.get(key, "") for key in ("data", "text_column", "label_column")]
+    texts += facts.get("labels", [])
     found = facts["format"], ranks, type(names), len({*names}), {type(text) for text in texts}
     if found != (FORMAT, {r}, list, max(2, len(names)), {str}):
         raise ValueError(f"format {facts['format']}, r {r} of {ranks}, names {texts}")
@@ -803,9 +801,9 @@ def write_folder(path: Path, write: Callable, last: str = "") -> None:
 class TrainingState:
     """A training's progress, printed, and a file of what --resume needs."""
 
-    MUST_MATCH = "epochs max_steps batch_size lr warmup weight_decay max_grad_norm contrast seed"
-    MUST_MATCH += " max_length freeze_head use_dora label_names fingerprint tokenizer precision"
-    MUST_MATCH += " base_config folds"
+    MAY_DIFFER = ("train_samples", "threads", "log_every", "save_every")  # of NUMBERS
+    MUST_MATCH = "targets use_rslora freeze_head use_dora label_names precision"
+    MUST_MATCH += " fingerprint tokenizer base_config"
 
     def __init__(self, args: Namespace, model, facts: dict, record: dict, train_set, eval_set):
         self.args, self.model, self.facts, self.record = args, model, facts, record
@@ -813,7 +811,8 @@ class TrainingState:
         self.path = Path(f"{args.output}.state")
         config = model.config.to_diff_dict() | {"transformers_version": ""}
         known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
-        self.settings = {key: str(known.get(key)) for key in [*self.MUST_MATCH.split(), *LORA_FACTS]}
+        keys = [*sorted(NUMBERS.keys() - self.MAY_DIFFER), *self.MUST_MATCH.split()]
+        self.settings = {key: str(known.get(key)) for key in keys}
         for kind, part in (("training", train_set), ("validation", eval_set)):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
@@ -827,10 +826,10 @@ class TrainingState:
         for p in trained.values():  # as AdamW does at its first step
             moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": p.new_zeros(()), **moments}
-        moments = {"state": dict(enumerate(optimizer.state.values()))}
         self.given = torch.zeros(len(self.eval_set))  # of the given labels, summed
-        kept = {"losses": self.losses, "given": self.given}
-        self.tensors = {"trained": trained, "optimizer": moments, **kept}
+        self.tensors = {"trained": trained, "losses": self.losses, "given": self.given}
+        self.tensors["optimizer"] = {"state": optimizer.state_dict()["state"]}
+        self.generators = [torch, torch.cuda][: 1 + torch.cuda.is_initialized()]
         if self.args.resume and self.path.exists():
             self.load()
         self.epoch_start, self.clock = self.done, time.perf_counter()
@@ -852,9 +851,8 @@ class TrainingState:
                 raise ValueError(f"step {self.done} of {total}")
             copy_all({key: state[key] for key in self.tensors}, self.tensors)
             self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["generators"][0])
-            if torch.cuda.is_initialized() and len(state["generators"]) > 1:
-                torch.cuda.set_rng_state(state["generators"][1])
+            for generator, then in zip(self.generators, state["generators"], strict=False):
+                generator.set_rng_state(then)
         print(f"resumed after step {self.done} of {total}")
 
     def save(self, done: int) -> None:
@@ -864,8 +862,7 @@ class TrainingState:
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
         state |= {"data": self.record["data"], "epochs": json.dumps(self.record["epochs"])}
         state["scaler"] = self.scaler.state_dict()
-        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        state["generators"] = [torch.get_rng_state(), *gpu]
+        state["generators"] = [generator.get_rng_state() for generator in self.generators]
         if rank_and_size()[0] == 0:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
@@ -1020,10 +1017,9 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     precision = str(dtype).removeprefix("torch.")
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     print(f"{'machine':12}{hardware}, {precision}", flush=True)
-    settings = json.loads(json.dumps(vars(args), default=str))
-    record = seen_from(args.output, {"data": args.data, "settings": settings})
+    record = {"data": args.data, "settings": vars(args) | {"output": str(args.output)}}
     record |= {"versions": versions, "hardware": hardware, "precision": precision}
-    return record | {"parameters": counts, "epochs": []}
+    return seen_from(args.output, record | {"parameters": counts, "epochs": []})
 
 
 @torch.inference_mode()
@@ -1095,7 +1091,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
     result |= {"bytes": size, "label_names": names, "confusion": confusion.tolist()}
     sure, answers = logits.double().softmax(dim=1).max(dim=1)
     judged = rows.assign(answer=answers.tolist(), percent=rows.get("percent", 100 * sure.numpy()))
-    wrong = judged[judged["answer"] != judged["label"]].sort_values("percent", ascending=False).round(1)
+    wrong = judged.query("answer != label").sort_values("percent", ascending=False).round(1)
     wrong[["label", "answer"]] = wrong[["label", "answer"]].map(names.__getitem__)
     result["mistakes"] = wrong[:1000].rename_axis("row").reset_index().to_dict("records")
     text = json.dumps(record | {"result": result}, indent=1) + "\n"
@@ -1257,8 +1253,8 @@ def check_output(args: Namespace, is_file: bool) -> None:
                 old = json.loads(path.read_bytes()) if path.suffix == ".json" else read_tensors(path)
                 if (data := old.get("data")) != seen_from(output, {"data": args.data})["data"]:
                     raise ValueError(f"it was made from {data or 'unknown data'}")
-        is_strange = folder.is_dir() and any(folder.iterdir()) and not found and not args.overwrite
-        if is_strange or folder.is_dir() != os.path.lexists(folder) or (folder / "config.json").exists():
+        inside = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+        if "config.json" in inside or (inside and not found and not args.overwrite):
             raise ValueError(f"{folder} is something else")
         probe = output.resolve().with_name(f".{output.name}.tmp")
         probe.touch()
