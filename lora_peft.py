@@ -28,7 +28,8 @@ from pathlib import Path
 from lora_scratch import Base, InputError, cross_validate, find_targets, load_base, predict
 from lora_scratch import TrainingState, calibrate, describe, finish, run, speed_up, train
 from lora_scratch import check_output, choose_recipe, make_parser, parse_flags, prepare_machine
-from lora_scratch import adapter_facts, find_trained_base, load_tables, tensors_to_save, tokenize
+from lora_scratch import adapter_facts, find_trained_base, load_tables
+from lora_scratch import tensors_to_save, tokenize
 from lora_scratch import FORMAT, check_facts, copy_all, load_checkpoint, save_checkpoint
 from lora_scratch import refusing, seen_from, seen_from_here, write_folder
 

@@ -7,7 +7,7 @@ it learn a correction of rank r:
 
 B starts at zero, so training starts from exactly the pretrained encoder. Only A, B and the
 classification head are saved: 3 MB instead of 268. Merged, W + (alpha / r) · B A is a plain layer.
-Down to the line PLUMBING this is the whole idea, from the inside out; what a tool needs is below.
+Down to the line PLUMBING this is the whole idea; below is what a tool needs.
 
     python lora_scratch.py --freeze-head             # DistilBERT on SST-2, A and B alone: 0.22 %
     python lora_scratch.py --dataset reviews.csv     # your own sentences
@@ -77,7 +77,7 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(self.dropout(x), self.lora_A)  # (..., r): A x
         return self.base(x) + self.scaling * F.linear(low_rank, self.lora_B)  # (..., out)
 
-    def __getattr__(self, name: str):  # T5 and Longformer ask a linear layer for its weight or bias
+    def __getattr__(self, name: str):  # for Longformer
         return getattr(self.base, name) if name in ("weight", "bias") else super().__getattr__(name)
 
     @torch.no_grad()
@@ -97,15 +97,14 @@ def find_targets(model, head: list[str], targets: list[str] | None, layers=None)
     """Paths of the linear layers whose own name is one of `targets`, outside the head.
 
     Names are compared whole: "lin" is not "q_lin". ["all-linear"] means every one, None the default
-    of the architecture; `layers`: in so many upper layers of the encoder alone. `head` names the
-    head's parameters. InputError for other targets.
+    of the architecture; `layers`: in so many upper layers. `head` names the head's parameters.
+    InputError for other targets.
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
-    if layers:
-        lowest = model.config.num_hidden_layers - layers
-        numbers = {path: re.findall(r"layers?\.(\d+)\.", path) for path in linear}
-        linear = [path for path in linear if any(int(number) >= lowest for number in numbers[path])]
+    lowest = model.config.num_hidden_layers - (layers or math.inf)
+    number = re.compile(r"layers?\.(\d+)\.|$")  # or none
+    linear = [path for path in linear if int(number.search(path)[1] or -1) >= lowest]
     if targets == ["all-linear"] and linear:
         return linear
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type, [])
@@ -113,7 +112,7 @@ def find_targets(model, head: list[str], targets: list[str] | None, layers=None)
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"{unknown[0]!r} is no linear layer of the encoder" if unknown else "no default"
-        raise InputError(f"{model.config.model_type}: {what}; see --layers and --targets: {', '.join(names)}")
+        raise InputError(f"{model.config.model_type}: {what}; see --targets: {', '.join(names)}")
     return [path for path in linear if path.split(".")[-1] in targets]
 
 
@@ -130,7 +129,7 @@ def inject_lora(
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every LoRALinear of the model by its merged plain layer; return the same model."""
+    """Replace every LoRALinear by its merged plain layer; return the model."""
     for path, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(path, module.merge())
@@ -143,7 +142,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def train(
     model: nn.Module, train_set: Tokens, eval_set: Tokens, args: Namespace, state: TrainingState
 ) -> None:
-    """Train what requires a gradient, from the step where `state` stands; it keeps the results."""
+    """Train what requires a gradient, from where `state` stands; it keeps the results."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
@@ -189,7 +188,7 @@ def train(
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
-    """The learning rate's share of --lr at a step: up from zero, then down to zero, both linear."""
+    """The share of --lr at a step: up from zero, then down to zero, both linear."""
     up = round(warmup * total_steps)
     return step / up if step < up else (total_steps - step) / max(1, total_steps - up)
 
@@ -243,7 +242,7 @@ def fit(args: Namespace, machine, about: dict, train_rows, eval_rows) -> tuple[B
     base = load_base(args.model, args.revision, about["label_names"], args.max_length)
     train_set = tokenize(train_rows["text"], base.tokenizer, args.max_length, train_rows["label"])
     eval_set = tokenize(eval_rows["text"], base.tokenizer, args.max_length, eval_rows["label"])
-    lora = {key: getattr(args, key) for key in LORA_FACTS}  # targets, r, alpha, dropout, use_rslora
+    lora = {key: getattr(args, key) for key in LORA_FACTS}
     wrapped = inject_lora(base.model, base.head, **lora, train_head=not args.freeze_head)
     model = speed_up(base, dtype).to(device)  # the frozen weights in `dtype`
     facts = adapter_facts(args, base, about, wrapped)  # what rebuilding needs beside the tensors
@@ -312,16 +311,14 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         model.name_or_path = name  # not the cache's folder: PEFT writes it down
         encoder = f"{model.base_model_prefix}."
         names = {name for name, _ in model.named_parameters()}
-        head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)  # untrained
-        reshaped = {key for key, *_ in report["mismatched_keys"]}
-        wrong = names.difference(head) & reshaped.union(report["missing_keys"])
+        head = sorted(n for n in names if not n.startswith(encoder) or ".pooler." in n)
+        unfit = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+        wrong = unfit & names.difference(head)
         unread = [key for key in report["unexpected_keys"] if "decoder" not in key]
         wrong |= {key for key in unread if re.search(r"layers?\.\d+\.", key)}
         if wrong:
             raise ValueError(f"weights do not fit config.json: {', '.join(sorted(wrong)[:3])}")
         identity = identify(model, tokenizer, head, max_length)
-    if reshaped:
-        note(f"{name} was trained for other labels: it gets a new head")
     return Base(model, tokenizer, head, identity, None if is_local else folder.name)
 
 
@@ -415,9 +412,10 @@ class Tokens:
 def tokenize(texts: list[str], tokenizer: Callable, max_length: int, labels=None) -> Tokens:
     """The texts as token numbers, cut at `max_length`; at least padding."""
     texts, ids, cut = list(texts), [], 0
+    nothing = [tokenizer.pad_token_id]
     for start in range(0, len(texts), 1000):  # what a tokenizer returns is large
         found = tokenizer(texts[start : start + 1000], truncation=True, max_length=max_length)
-        ids += [numpy.array(one or [tokenizer.pad_token_id], dtype=numpy.int32) for one in found["input_ids"]]
+        ids += [numpy.array(one or nothing, dtype=numpy.int32) for one in found["input_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
     if cut:
         note(f"{cut:,} of {len(texts):,} texts are cut: see --max-length {max_length}")
@@ -445,7 +443,7 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
         train, held = train[~is_held], train[is_held]
         if held.empty:
             raise InputError(f"{where}: too few texts; give a validation split")
-        print(f"{visible(where)}: {len(held):,} rows are held out by seed")
+        print(f"{visible(where)}: {len(held):,} rows, drawn by --seed, are held out")
     return train.sort_index(), held.sort_index(), about
 
 
@@ -727,7 +725,7 @@ def save_checkpoint(path: Path, tensors: dict, facts: dict, tokenizer: Callable)
 def load_checkpoint(path: str | Path, base_name: str | None = None) -> tuple[Base, dict]:
     """The trained model in float32, on the CPU, and its facts; its base is now at `base_name`."""
     with refusing(f"{path}: not a checkpoint of this project", "train or copy it again"):
-        checkpoint = {"layers": None} | seen_from_here(Path(path), read_tensors(path))  # None: all
+        checkpoint = {"layers": None} | seen_from_here(Path(path), read_tensors(path))
         check_facts(checkpoint, checkpoint["state_dict"])
         base = find_trained_base(checkpoint, base_name)
         inject_lora(base.model, base.head, **{key: checkpoint[key] for key in LORA_FACTS})
@@ -861,8 +859,8 @@ class TrainingState:
         self.done = done
         state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
         state |= {"data": self.record["data"], "epochs": json.dumps(self.record["epochs"])}
-        state["scaler"] = self.scaler.state_dict()
-        state["generators"] = [generator.get_rng_state() for generator in self.generators]
+        generators = [generator.get_rng_state() for generator in self.generators]
+        state |= {"scaler": self.scaler.state_dict(), "generators": generators}
         if rank_and_size()[0] == 0:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
@@ -873,7 +871,7 @@ class TrainingState:
             raise InputError(f"step {done}: not finite; lower --lr {self.args.lr:g}")
 
     def report(self, done: int) -> None:
-        """Show the loss of the last steps, on a bar or now and then on a line."""
+        """Show the loss of the last steps, on a bar or now and then a line."""
         self.check_finite(done)  # rarely: it waits for the GPU
         seconds, every = time.perf_counter() - self.clock, self.args.log_every
         sentences = min((done - self.epoch_start) * self.args.batch_size, len(self.train_set))
@@ -890,8 +888,7 @@ class TrainingState:
         """Record and print the epoch; logits (rows, labels): the validation's."""
         epochs, labels = self.record["epochs"], self.eval_set.labels
         losses = self.losses[len(epochs) * self.steps_per_epoch : done]
-        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), **self.pace}
-        epoch["train_loss"] = losses.mean().item()
+        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), "train_loss": losses.mean().item()}
         said = f"epoch {epoch['epoch']}: training loss {epoch['train_loss']:.4f}, "
         if len(labels):  # none with --folds
             self.given += logits.softmax(dim=1)[range(len(labels)), labels]
@@ -899,9 +896,11 @@ class TrainingState:
             epoch |= {key: result[key] for key in ("accuracy", "correct", "total")}
             epoch["eval_loss"] = F.cross_entropy(logits, labels).item()
             said += f"validation loss {epoch['eval_loss']:.4f}, {result['text']}, "
-        epochs.append(epoch)
-        self.bar.clear()
-        print(f"{said}{epoch['seconds']:.1f} s", flush=True)
+        epochs.append(epoch | self.pace)
+        every = math.ceil(len(self.losses) / self.steps_per_epoch / 10)
+        if len(epochs) % every == 0 or done == len(self.losses):  # at most ten lines
+            self.bar.clear()
+            print(f"{said}{self.pace['seconds']:.1f} s", flush=True)
         self.epoch_start, self.clock = done, time.perf_counter()
 
     @contextlib.contextmanager
@@ -920,7 +919,7 @@ class TrainingState:
         every, (rank, _) = self.args.log_every, rank_and_size()
         losses = [round(block.mean().item(), 5) for block in self.losses.split(every)]
         self.record["loss_curve"] = {"every": every, "loss": losses}
-        if dist.is_initialized():  # the others end here, and the first one saves
+        if dist.is_initialized():  # all but the first end here
             dist.destroy_process_group()
         if self.stopped:
             note(f"stopped after step {self.done}, {self.path}; add --resume to go on")
@@ -973,7 +972,7 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
     """The rows, and logits (rows, labels) for each by a model that has not seen its text.
 
     Of --folds parts each is answered by a model of the others; before that, one half by a model of
-    the other: would more rows help? --resume finds the states of these trainings.
+    the other: would more rows help? --resume goes on in each.
     """
     if rows["text"].nunique() < args.folds:
         raise InputError(f"--folds {args.folds}: too few texts")
@@ -1013,7 +1012,7 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
     counts["trained"] = sum(p.numel() for p in named.values() if p.requires_grad)
     cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
     device = torch.cuda.get_device_name() if parameter.is_cuda else cpu
-    hardware = f"{device}, {torch.get_num_threads()} threads"
+    hardware = f"{device}, threads: {torch.get_num_threads()}"
     precision = str(dtype).removeprefix("torch.")
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     print(f"{'machine':12}{hardware}, {precision}", flush=True)
@@ -1036,10 +1035,9 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
         temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
     for divided in (logits, *(parameter.data for parameter in layer.parameters())):
         divided /= temperature
-    how = "1: not corrected, percentages may be far too sure"
-    if temperature > 1:
-        how = f"{temperature:.2f}: percentages are corrected by {len(labels):,} unseen rows"
-    print(f"{'temperature':12}{how}")
+    seen = f"are made less sure, as {len(labels):,} unseen rows ask"
+    said = seen if temperature > 1 else "are not corrected and may be far too sure"
+    print(f"{'temperature':12}{temperature:.2f}: percentages {said}")
     return temperature
 
 
@@ -1265,7 +1263,7 @@ HELD = contextlib.ExitStack()  # open files with locks
 
 
 def hold(output: Path) -> None:
-    """Keep other runs on this machine away from an output, until this one ends."""
+    """Keep other runs on this machine away from an output until the end."""
     name = f"lora-{os.getuid()}-{sha256(str(output.resolve()).encode()).hexdigest()}"
     with refusing(f"--output {output}: another run writes it", "wait, or name another place"):
         file = HELD.enter_context(open(Path("/tmp", name), "w"))  # noqa: SIM115

@@ -89,7 +89,7 @@ def test_adapters_in_the_upper_layer_alone(name, tiny_base, tmp_path) -> None:
     targets = [] if is_first else ARCHITECTURES[name][2][1:]
     whole = find_targets(base.model, base.head, targets)
     if name == "funnel":  # has blocks
-        refused(lambda: inject_lora(base.model, base.head, targets, layers=1), "--layers")
+        refused(lambda: inject_lora(base.model, base.head, targets, layers=1), "--targets")
         return
     wrapped = inject_lora(base.model, base.head, targets, layers=1)
     assert wrapped == [path for path in whole if "layer.1." in path] and len(whole) == 2 * len(wrapped)

@@ -97,7 +97,7 @@ def test_the_record_has_settings_versions_machine_and_every_epoch(trained, tiny_
     assert {key: settings[key] for key in wanted} == wanted
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     assert record["versions"].items() >= versions.items() and record["precision"] == "float32"
-    assert platform.machine() in record["hardware"] and "1 threads" in record["hardware"]
+    assert platform.machine() in record["hardware"] and "threads: 1" in record["hardware"]
     assert [epoch["epoch"] for epoch in record["epochs"]] == list(range(1, 21))
     for epoch in record["epochs"]:
         assert (epoch["steps"], epoch["total"]) == (3, 10)
