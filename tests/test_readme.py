@@ -1,7 +1,6 @@
 """What the READMEs show is what the code has and what the records hold."""
 
 import argparse
-import csv
 import math
 import re
 import runpy
@@ -89,16 +88,6 @@ def test_every_file_it_names_exists() -> None:
         links = re.findall(r"\]\((?!http)([^)#]+)", file.read_text(encoding="utf-8"))
         for place in [*(ROOT / name for name in names), *(file.parent / name for name in links)]:
             assert place.exists(), place
-
-
-def test_the_four_lines_of_a_table_are_from_the_demos_sentences() -> None:
-    shown = README.partition("```\ncomment,about\n")[2].partition("```")[0]
-    path = ROOT / lora_scratch.DEMO["dataset"] / "train.tsv"
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        topics = {row["sentence"]: row["topic"] for row in rows}
-    lines = list(csv.reader(shown.splitlines()))
-    assert len(lines) == 3 and all(topics[text] == topic for text, topic in lines)
 
 
 # --- Numbers
