@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
 
     base     the pretrained layer; it stays as it is
     r        the rank, at least 1: A is (r, in), B is (out, r), both float32
-    alpha    scaling = alpha / r, or alpha / √r with use_rslora (arXiv:2312.03732)
+    alpha    scaling = alpha / r, so a rate fits any r; use_rslora: alpha / √r (arXiv:2312.03732)
     dropout  on A's input; the base keeps its own
     """
 
@@ -70,7 +70,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))  # zero: no change at first
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))  # zero: no change; B moves, then A
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear: uniform in ±1/√in
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def find_targets(model, head: list[str], targets: list[str] | None, layers=None)
 def inject_lora(
     model, head, targets=None, r=8, alpha=16.0, dropout=0.1, use_rslora=False, layers=None, train_head=True
 ) -> list[str]:
-    """Wrap the target layers in LoRALinear, freeze all else but the head; return the paths."""
+    """Wrap the target layers in LoRALinear, freeze all but the head, which is new; return the paths."""
     wrapped = find_targets(model, head, targets, layers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(train_head and name in head)
@@ -166,7 +166,7 @@ def train(
             loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
             loss = weight * (loss + args.contrast * contrast(output, labels))  # SST-2: 0
             scaler.scale(loss).backward()
-            sum_over_processes(*(p.grad for p in parameters))  # of all processes
+            sum_over_processes(*(p.grad for p in parameters))  # under torchrun
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
             scaler.step(optimizer)
@@ -205,7 +205,7 @@ def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
 
 
 def make_batches(lengths: list[int], batch_size: int, shuffle_seed: int | None = None) -> list[list[int]]:
-    """Turn sentence lengths into batches of indices, each index once, with little padding.
+    """Turn sentence lengths into batches of indices with little padding.
 
     With a seed: shuffle, sort by length inside windows of 50 batches, shuffle the batches. Random
     batches of 16 SST-2 phrases compute 2.6 times the real tokens, these 1.04 times.
@@ -225,7 +225,7 @@ def make_batches(lengths: list[int], batch_size: int, shuffle_seed: int | None =
 
 
 def collate(sentences: Tokens, batch: list[int], model: nn.Module) -> dict[str, Tensor]:
-    """The batch, padded to its longest: input_ids and attention_mask, both (sentences, tokens)."""
+    """The batch, padded to its longest: input_ids and attention_mask (sentences, tokens)."""
     ids = [torch.from_numpy(sentences.ids[i]).long() for i in batch]
     padded = pad_sequence(ids, batch_first=True, padding_value=model.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
@@ -1157,7 +1157,7 @@ class Parser(ArgumentParser):
 
 
 def make_parser(description: str, output: str) -> ArgumentParser:
-    """The flags; see also NUMBERS, RECIPES and MUST_MATCH. {} in `output`: the data."""
+    """The flags; see also NUMBERS and RECIPES. {} in `output`: the data."""
     parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.output = "%(prog)s [options]", output
     switch = {"action": "store_true"}
