@@ -23,10 +23,11 @@ import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from select import select
-from typing import NamedTuple
+from threading import Lock
 
 # isort: off
 from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
@@ -40,61 +41,120 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
+from transformers import BatchEncoding
 
 UNSURE = "unsure"  # the answer below --unsure
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 
-class Model(NamedTuple):
+@dataclass
+class Model:
+    """A trained model, to be called with a list of texts, by any number of threads."""
+
     name: str  # as the answers call it
     path: Path
     base: Base
-    label_names: list[str]
-    max_length: int  # in tokens; longer text is cut
     facts: dict  # what its file says beside the tensors
 
+    def __post_init__(self):
+        self.label_names: list[str] = self.facts["label_names"]
+        self.max_length: int = self.facts["max_length"]  # in tokens; longer text is cut
+        self.data = Path(self.facts.get("data") or "unknown data")
+        self.lock = Lock()
 
-def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
-    """The trained models. One alone is merged; several share the tensors of their base."""
-    kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
+    def __call__(self, texts: list[str], unsure=0.0, explained=False) -> list[dict]:
+        """An answer for each text: its text, label, probability and all probabilities.
+
+        A blank text has no label (None), one that is too long "cut". Below `unsure` percent
+        the label is "unsure"; `explained` gives "words": see `explain`.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{texts!r:.80} is no list of texts")
+        whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
+        nothing = {"label": None, "probability": None, "probabilities": {}}
+        answers = [{"text": text, **nothing} for text in whole]
+        asked = [answer for answer in answers if not is_blank(answer["text"])]
+        if not asked:
+            return answers
+        logits, encoded = self.logits([answer["text"] for answer in asked])
+        for i, (answer, row) in enumerate(zip(asked, logits.softmax(dim=1).tolist(), strict=True)):
+            found = [round(p, 6) for p in row]
+            answer |= {"label": self.label_names[row.index(max(row))], "probability": max(found)}
+            answer["probabilities"] = dict(zip(self.label_names, found, strict=True))
+            if answer["probability"] < unsure / 100:
+                answer["label"] = UNSURE
+            if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
+                answer["cut"] = True
+            if explained:
+                answer["words"] = self.explain(answer["text"])
+        return answers
+
+    def logits(self, texts: list[str]) -> tuple[torch.Tensor, BatchEncoding]:
+        """(texts, labels), in float32, and the texts as tokens."""
+        nothing = [self.base.tokenizer.pad_token_id]  # as in tokenize
+        with self.lock:  # a tokenizer serves one thread at a time
+            encoded = self.base.tokenizer(texts, truncation=True, max_length=self.max_length)
+            ids = [numpy.array(one or nothing, dtype=numpy.int32) for one in encoded["input_ids"]]
+            tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
+            found = predict(self.base.model, tokens, batch_size=32)
+        if not found.isfinite().all():
+            raise InputError(f"{self.path}: its answers are not finite; train it again")
+        return found, encoded
+
+    def explain(self, text: str) -> list[tuple[str, float]]:
+        """Each word that is read, and what the probability loses without it."""
+        words = list(islice(re.finditer(r"\S+", text), self.max_length))
+        text = text[: words[-1].end()]
+        mask = self.base.tokenizer.mask_token or self.base.tokenizer.unk_token or ""
+        masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
+        logits, encoded = self.logits([text, *masked])
+        while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
+            words.pop()  # unchanged without it: it was cut off
+        whole, *rows = logits.softmax(dim=1)
+        effects = [round((whole - row)[whole.argmax()].item(), 6) for row in rows]
+        return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
+
+
+def load(path: str | Path, base: str | None = None, merged: bool = True) -> Model:
+    """A trained model from a file of lora_scratch.py or a folder of lora_peft.py.
+
+    `base` says where its base model is now, if not where it was in training.
+    """
+    path, name = Path(path), "LoRA_scratch"
+    if path.is_dir():
+        from lora_peft import load_adapter  # others need no PEFT
+
+        name, (found, facts) = "LoRA_peft", load_adapter(path, base, merged)
+    else:
+        found, facts = load_checkpoint(path, base)
+        if merged:
+            merge_lora(found.model)
+    speed_up(found).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(name, path, found, facts)
+
+
+def load_all(paths: list[Path], base: str | None) -> list[Model]:
+    """Trained models. One alone is merged; several share the tensors of their base."""
     models, shared = [], {}
-    for path, kind in zip(paths, kinds, strict=True):
-        name = kind if kinds.count(kind) == 1 else str(path)
-        model = load(name, path, base_name, merged=len(paths) == 1)
-        speed_up(model.base).to("cuda" if torch.cuda.is_available() else "cpu")
+    for path in paths:
+        model = load(path, base, merged=len(paths) == 1)
         for key, parameter in model.base.model.named_parameters():
             key = model.base.identity["fingerprint"], re.sub(r"\.base(_layer)?\b", "", key)
             if torch.equal(shared.setdefault(key, parameter.data), parameter):
                 parameter.data = shared[key]
         models.append(model)
+    names = [model.name for model in models]
+    for model, name in zip(models, names, strict=True):
+        if names.count(name) > 1:
+            model.name = str(model.path)
     return models
-
-
-def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> Model:
-    """A trained model from a checkpoint or a folder of PEFT."""
-    if path.is_dir():
-        from lora_peft import load_adapter  # others need no PEFT
-
-        base, facts = load_adapter(path, base_name, merged)
-    else:
-        base, facts = load_checkpoint(path, base_name)
-        if merged:
-            merge_lora(base.model)
-    return Model(name, path, base, facts["label_names"], facts["max_length"], facts)
-
-
-def training_data(model: Model) -> Path:
-    """Where a model's data is, else its name."""
-    with suppress(LookupError, TypeError):  # it may be a stranger's file
-        return Path(model.facts.get("data") or model.facts["record"]["settings"]["dataset"])
-    return Path("unknown data")
 
 
 def describe_model(model: Model) -> str:
     """What a model is: its file, data, date and labels."""
     file = model.path / "lora_peft.json" if model.path.is_dir() else model.path
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
-    data, labels = os.path.relpath(training_data(model)), listed(model.label_names, 10)
+    data, labels = os.path.relpath(model.data), listed(model.label_names, 10)
     return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}", 500)
 
 
@@ -133,7 +193,7 @@ def choose_text(models: list[Model], args: Namespace, table) -> str:
 
 def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
     """Lines as they come, up to 1,024: UTF-16 if marked, else UTF-8 or Windows-1252."""
-    lines, rest, done, noted = [], "", 0, False
+    rest, done, noted = "", 0, False
 
     def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
         nonlocal noted
@@ -151,83 +211,34 @@ def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
         raise InputError(f"{name} is neither text nor a table; give one")
     codec = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "as_windows")
     for text in codecs.iterdecode(chain([start], blocks), *codec):
-        *whole, rest = (rest + text).split("\n")
-        lines += [line.removesuffix("\r") for line in whole]
-        done += len(whole)
-        while len(lines) >= 1024 or (lines and not select([stream], [], [], 0.005)[0]):
-            yield lines[:1024]  # or fewer: no more are there yet
-            del lines[:1024]
-    if lines or rest:
-        yield [*lines, rest.removesuffix("\r")] if rest else lines
+        *lines, rest = (rest + text).split("\n")  # what is there: a pipe's writer may be slow
+        done += len(lines)
+        for at in range(0, len(lines), 1024):
+            yield [line.removesuffix("\r") for line in lines[at : at + 1024]]
+    if rest:
+        yield [rest.removesuffix("\r")]
 
 
 def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> Iterator[list[str]]:
     """1,024 texts at a time, to be sorted by length, then later ones."""
-    whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
-    parts = (whole[i : i + 1024] for i in range(0, len(whole), 1024))
-    with tqdm(total=len(whole) or None, unit=" texts", disable=disable, delay=1) as bar:
+    parts = (texts[i : i + 1024] for i in range(0, len(texts), 1024))
+    with tqdm(total=len(texts) or None, unit=" texts", disable=disable, delay=1) as bar:
         for chunk in chain(parts, later):
             yield chunk
             bar.update(len(chunk))
-
-
-def probabilities(model: Model, texts: list[str]) -> tuple[torch.Tensor, dict]:
-    """(texts, labels), in float32, and the texts as tokens."""
-    encoded = model.base.tokenizer(texts, truncation=True, max_length=model.max_length)
-    nothing = [model.base.tokenizer.pad_token_id]  # as in tokenize
-    ids = [numpy.array(numbers or nothing, dtype=numpy.int32) for numbers in encoded["input_ids"]]
-    tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
-    found = predict(model.base.model, tokens, batch_size=32).softmax(dim=1)
-    if not found.isfinite().all():
-        raise InputError(f"{model.path}: its answers are not finite; train it again")
-    return found, encoded
-
-
-def classify(model: Model, texts: list[str], args: Namespace) -> list[dict]:
-    """An answer for each text; the label of a blank one is None."""
-    answers = [{"text": text, "label": None, "probabilities": {}, "model": model.name} for text in texts]
-    asked = [answer for answer in answers if not is_blank(answer["text"])]
-    if not asked:
-        return answers
-    found, encoded = probabilities(model, [answer["text"] for answer in asked])
-    for i, (answer, row) in enumerate(zip(asked, found.tolist(), strict=True)):
-        answer["probabilities"] = dict(zip(model.label_names, (round(p, 6) for p in row), strict=True))
-        is_sure = surest(answer) >= args.unsure / 100
-        answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
-        if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
-            answer["cut"] = True
-        if args.explain:
-            answer["words"] = explain(model, answer["text"])
-    return answers
-
-
-def surest(answer: dict) -> float | None:
-    """The probability of the likeliest label."""
-    return max(answer["probabilities"].values(), default=None)
-
-
-def explain(model: Model, text: str) -> list[tuple[str, float]]:
-    """Each word that is read, and what the probability loses without it."""
-    words = list(islice(re.finditer(r"\S+", text), model.max_length))
-    text = text[: words[-1].end()]
-    mask = model.base.tokenizer.mask_token or model.base.tokenizer.unk_token or ""
-    masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
-    (whole, *rows), encoded = probabilities(model, [text, *masked])
-    while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
-        words.pop()  # unchanged without it: it was cut off
-    effects = [round((whole - row)[whole.argmax()].item(), 6) for row in rows]
-    return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
 
 
 def answer_all(models: list[Model], texts: Iterable, args: Namespace, headed: bool) -> None:
     """Print every model's answer to each text, under it if `headed`."""
     width, indent = max(len(model.name) for model in models), "  " * headed
     for chunk in texts:
-        for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
+        found = [model(chunk, args.unsure, args.explain) for model in models]
+        for answers in zip(*found, strict=True):
             if headed and not args.json:
                 print(visible(answers[0]["text"]))
             for model, answer in zip(models, answers, strict=True):
                 line = f"{indent}{model.name:{width}}  {in_words(answer, model)}"
+                answer["model"] = model.name
                 print(json.dumps(answer, allow_nan=False) if args.json else line)
         sys.stdout.flush()
 
@@ -236,7 +247,7 @@ def in_words(answer: dict, model: Model) -> str:
     """Label and probability, and the effect of each word below."""
     if answer["label"] is None:
         return "(blank)"
-    label, percent = visible(answer["label"]), f"{100 * surest(answer):.1f} %"
+    label, percent = visible(answer["label"]), f"{100 * answer['probability']:.1f} %"
     line = f"{label[:1].upper() + label[1:]:{max(map(len, model.label_names))}}  {percent}"
     if label == UNSURE and UNSURE not in model.label_names:
         likeliest = max(answer["probabilities"], key=answer["probabilities"].get)
@@ -264,25 +275,25 @@ def prompt(models: list[Model], args: Namespace) -> None:
     print(file=sys.stderr)  # the shell's own prompt starts a line
 
 
-def judge(models: list[Model], args: Namespace) -> None:
-    """Print how often each model is right on a table, and which is better."""
+def judge(models: list[Model], args: Namespace) -> str:
+    """How often each model is right on a table, and which is better."""
     import pandas
 
     table = read_file(args.file)
     columns = find_columns(args.file, table, choose_text(models, args, table), args.label_column)
     rows = read_rows(args.file, table, *columns)  # the index is the row in the file
     given = [translate_labels(model, rows["label"], args) for model in models]
-    texts, right = rows["text"], {}
+    texts, said, right = rows["text"], [], {}
     if args.output:
         with redirect_stderr(io.StringIO()):  # noted
             texts = read_rows(args.file, table, columns[0])["text"]
         texts = texts.reindex(table.index + 1, fill_value="")
         answers = write_answers(models, args, (chunks(texts), table), given)
     else:
-        answers = [[one for chunk in chunks(texts) for one in classify(m, chunk, args)] for m in models]
+        answers = [[*chain(*(model(chunk, args.unsure) for chunk in chunks(texts)))] for model in models]
     for model, labels, found in zip(models, given, answers, strict=True):
         judged = pandas.DataFrame(found, texts.index).loc[rows.index].assign(given=labels)
-        print_judgement(model, judged, args)
+        said.append(judgement(model, judged, args))
         right[model.name] = judged["label"] == judged["given"]
     for one, other in combinations(right, 2):
         a, b = int((right[one] > right[other]).sum()), int((right[one] < right[other]).sum())
@@ -290,7 +301,8 @@ def judge(models: list[Model], args: Namespace) -> None:
         verdict = f"{one if a > b else other} is better" if p < 0.05 else "no clear winner"
         record = {"models": [one, other], "alone_right": [a, b], "p": p}
         line = f"{one} alone right {a:,}, {other} alone right {b:,}: p = {p:.2g}, {verdict}"
-        print(json.dumps(record) if args.json else line)
+        said.append(json.dumps(record) if args.json else line)
+    return "\n".join(said)
 
 
 def translate_labels(model: Model, labels, args: Namespace):
@@ -300,8 +312,7 @@ def translate_labels(model: Model, labels, args: Namespace):
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
     split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
     folders = args.file.resolve().parents[:2] if split == "training" else ()
-    data = training_data(model)
-    if data.exists() and data.resolve() in (args.file.resolve(), *folders):
+    if model.data.exists() and model.data.resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))
@@ -322,8 +333,8 @@ def translate_labels(model: Model, labels, args: Namespace):
     return labels.map(lambda label: reading.get(label, label))
 
 
-def print_judgement(model: Model, judged, args: Namespace) -> None:
-    """Print mistakes, thresholds, labels and accuracy, or JSON."""
+def judgement(model: Model, judged, args: Namespace) -> str:
+    """Mistakes, thresholds, labels and accuracy, or JSON."""
     from pandas import crosstab, json_normalize
 
     names = [*dict.fromkeys([*model.label_names, *judged["given"]])]
@@ -331,16 +342,15 @@ def print_judgement(model: Model, judged, args: Namespace) -> None:
     counts = crosstab(judged["given"], judged["label"])
     confusion = torch.tensor(counts.reindex(names, columns=answers, fill_value=0).to_numpy())
     sure = judged[judged["label"].isin(names)]
-    errors = sure[sure["label"] != sure["given"]].fillna({"cut": False})
-    wrong = errors.rename_axis("row").reset_index().to_dict("records")
-    wrong.sort(key=surest, reverse=True)
+    errors = sure[sure["label"] != sure["given"]].fillna({"cut": False}).rename_axis("row")
+    errors = errors.sort_values("probability", ascending=False, kind="stable")
+    wrong = errors[:10].reset_index().to_dict("records")  # or the label is wrong
     best = judged["probabilities"].map(lambda p: max(p, key=p.get))
-    fate = (best == judged["given"]).map({True: "found", False: "missed"})
-    probability, tried = judged.apply(surest, axis=1), []
+    fate, tried = (best == judged["given"]).map({True: "found", False: "missed"}), []
     is_asked = args.unsure or len(model.label_names) == 2
     limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure} if is_asked else ()
     for limit in sorted(limits):
-        fates = crosstab(judged["given"], fate.where(probability >= limit / 100, UNSURE))
+        fates = crosstab(judged["given"], fate.where(judged["probability"] >= limit / 100, UNSURE))
         fates = fates.reindex(names, columns=["found", "missed", UNSURE], fill_value=0)
         right, missed, _ = map(int, fates.sum())
         tried.append({"unsure_below": limit, "answered": right + missed, "right": right})
@@ -349,22 +359,24 @@ def print_judgement(model: Model, judged, args: Namespace) -> None:
         found = {"model": model.name, "correct": 0, "total": 0, "unsure": len(judged) - len(sure)}
         found |= score(confusion) if len(sure) else {}
         found |= {"label_names": names, "confusion": confusion.tolist(), "thresholds": tried}
-        return print(json.dumps(found | {"surest_mistakes": wrong[:10]}))
-    told = f"{len(judged) - len(sure):,} unsure, {len(wrong):,} wrong, the surest (a header is row 1)"
-    print(f"{model.name}: {len(judged):,} sentences, {told}:")
-    for one in wrong[:10]:  # or the label is wrong
+        return json.dumps(found | {"surest_mistakes": wrong})
+    told = f"{len(judged) - len(sure):,} unsure, {len(errors):,} wrong, the surest (a header is row 1)"
+    said = [f"{model.name}: {len(judged):,} sentences, {told}:"]
+    for one in wrong:
         label, given, text = (visible(one[key], 80) for key in ("label", "given", "text"))
-        print(f"  row {one['row']}, given {given}, answered {label} {100 * surest(one):.1f} % | {text}")
+        percent = f"{100 * one['probability']:.1f} %"
+        said.append(f"  row {one['row']}, given {given}, answered {label} {percent} | {text}")
     if tried:
         table = json_normalize(tried, sep=" ")
         table.insert(3, "right, %", (100 * table.right / table.answered).round(1))
         table = table.astype(object).T[: 4 if len(names) > 10 else None]
-        print(table.rename(visible).to_string(header=False, na_rep="-"))
+        said.append(table.rename(visible).to_string(header=False, na_rep="-"))
     if len(names) > 10 and wrong:
         pairs = errors[["given", "label"]].map(visible).value_counts()[:10]
-        print(pairs.rename_axis(["given", "answered"]).to_string())
+        said.append(pairs.rename_axis(["given", "answered"]).to_string())
     if len(sure):
-        print(report_labels(confusion, names) + ", of the answered" * (len(sure) < len(judged)))
+        said.append(report_labels(confusion, names) + ", of the answered" * (len(sure) < len(judged)))
+    return "\n".join(said)
 
 
 def sign_test(one: int, other: int) -> float:
@@ -393,19 +405,17 @@ def write_answers(models: list[Model], args: Namespace, whole=None, given=()) ->
                 piece = pandas.DataFrame({"text": chunk}, dtype=str)
             start += len(chunk)
             for i, model in enumerate(models):
-                names = ["label", "probability", "agrees"][: 3 if given else 2]
-                if len(models) > 1:
-                    names = [f"{name} {model.name}" for name in names]
-                while table.columns.isin(names).any():
-                    names = [f"model_{name}" for name in names]
-                found = classify(model, chunk, args)
-                answers = [[one["label"], surest(one)] for one in found]
+                found = model(chunk, args.unsure)
+                answers = pandas.DataFrame(found, piece.index, ["label", "probability"], dtype=object)
                 if given:
                     kept[i] += found
-                    labels = given[i].reindex(piece.index + 1, fill_value="")
-                    for one, label in zip(answers, labels, strict=True):
-                        one.append(one[0] == label if label else None)
-                answers = pandas.DataFrame(answers, piece.index, names, dtype=object)
+                    labels = given[i].reindex(piece.index + 1).set_axis(piece.index)
+                    agrees = (answers["label"] == labels).astype(object)
+                    answers["agrees"] = agrees.where(labels.notna(), None)
+                if len(models) > 1:
+                    answers = answers.add_suffix(f" {model.name}")
+                while table.columns.isin(answers.columns).any():
+                    answers = answers.add_prefix("model_")
                 piece = pandas.concat([piece, answers], axis=1)
             yield piece
 
@@ -427,35 +437,31 @@ def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
     import pandas
 
     suffix, source = ending(args.output), ending(args.file)
-    header, old = table.attrs.get("header", table.columns), len(table.columns)
-    separator = table.attrs.get("separator", ",") if source == ".csv" else ","
-    options = {"sep": separator, "index": False, "lineterminator": "\n"}
+    how = {"delimiter": table.attrs.get("separator", ",") if source == ".csv" else ","}
     if suffix == ".tsv":  # as GLUE writes it: a quote character is text
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
     encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
     with open(path, "w", encoding=encoding, newline="") as file:
+        # Its own line end is \r\n, so it quotes or refuses both characters
+        unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.writer(unix, **how)
         for piece in pieces:
-            options["header"] = [*header, *piece.columns[old:]] if piece.empty else False
             with refusing(f"--output {args.output} cannot hold these rows", "name another format"):
                 plain = {name: column.tolist() for name, column in piece.items()}
                 plain = pandas.DataFrame(plain, dtype=object)
-                if source not in (".json", ".jsonl"):
+                if suffix != ".jsonl" or source not in (".json", ".jsonl"):
                     plain = plain.where(plain.notna(), None)
-                text = json_lines(plain) if suffix == ".jsonl" else plain.to_csv(**options)
-                if "\r" in text and suffix == ".tsv":
-                    raise ValueError("carriage return")
-            if "\r" in text and suffix == ".csv":  # which csv would leave bare
-                text = plain.to_csv(**options, quoting=csv.QUOTE_ALL)
-            file.write(text)
-
-
-def json_lines(plain) -> str:
-    """The rows as JSON; what a row of a JSON file did not have is NA in its table."""
-    from pandas import NA
-
-    whole = (zip(plain, row, strict=True) for row in plain.itertuples(index=False, name=None))
-    rows = [{key: value for key, value in row if value is not NA} for row in whole]
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                rows = plain.itertuples(index=False, name=None)
+                if suffix == ".jsonl":
+                    for row in rows:  # NA: what a row of a JSON file lacks
+                        cells = zip(plain, row, strict=True)
+                        row = {name: cell for name, cell in cells if cell is not pandas.NA}
+                        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                elif piece.empty:
+                    header = table.attrs.get("header", table.columns)
+                    writer.writerow([*header, *piece.columns[len(header) :]])
+                else:
+                    writer.writerows(rows)
 
 
 def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
@@ -483,18 +489,17 @@ def serve(models: list[Model], args: Namespace) -> None:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     with refusing("--web needs Gradio", "pip install -r tests/requirements-web.txt"):
         import gradio
-    args.explain = True
 
     def ask(text: str) -> list:
         shown = []
         for model in models:
-            (answer,) = classify(model, [text], args)
+            (answer,) = model([text], args.unsure, explained=True)
             words = answer.pop("words", None)
             shown += [in_words(answer, model), answer["probabilities"] or None, words]
         return shown
 
     def answer_file(name: str) -> str:
-        own = Namespace(**vars(args) | {"file": Path(name), "explain": False})
+        own = Namespace(**vars(args) | {"file": Path(name)})
         suffix = ending(own.file) if ending(own.file) in ENDINGS else ".csv"
         own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
         try:
@@ -511,7 +516,7 @@ def serve(models: list[Model], args: Namespace) -> None:
             parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
         text.submit(ask, text, parts, concurrency_id="models")
         with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # data is gone
-            data = training_data(models[0])
+            data = models[0].data
             if data.is_file() or data.is_dir():
                 settings = models[0].facts["record"]["settings"] | {"folds": None}
                 settings |= {"data": str(data), "dataset": str(data)}
@@ -538,7 +543,7 @@ def write_glue(models: list[Model], args: Namespace) -> None:
     numbers = None if table is None else table.get("index", table.get("idx"))
     if numbers is None:
         raise InputError(f"{args.file}: give a table with the columns index and sentence")
-    found = torch.cat([probabilities(model, chunk)[0] for chunk in texts])
+    found = torch.cat([model.logits(chunk)[0] for chunk in texts])
     rows = numbers.to_frame("index").assign(prediction=found.argmax(dim=1).tolist())
     write_file(args.glue, lambda temporary: rows.to_csv(temporary, sep="\t", index=False))
     print(f"saved {len(rows):,} predictions as {args.glue}")
@@ -547,17 +552,17 @@ def write_glue(models: list[Model], args: Namespace) -> None:
 def export(models: list[Model], args: Namespace) -> None:
     """Write the merged model for transformers, if it answers alike."""
     (merged,) = models
-    trained = load("", merged.path, args.base, merged=False)
+    trained = load(merged.path, args.base, merged=False)
     merged.base.tokenizer.model_max_length = merged.max_length
     texts = ["A warm, funny film.", "It never ends.", "so long " * merged.max_length]
-    expected = probabilities(trained, texts)[0].log()  # logits, but for a constant
+    expected, _ = trained.logits(texts)
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
         merged.base.tokenizer.save_pretrained(temporary)
         pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
-        found, _ = probabilities(merged._replace(base=pipeline), texts)
-        off = (found.log() - expected).abs().max().item()
+        found, _ = replace(merged, base=pipeline).logits(texts)
+        off = (found - expected).abs().max().item()
         if not off <= 1e-3:  # NaN is not small
             raise InputError(f"--export: merging {merged.path} moves its logits by {off:.1e}; train again")
         print(f"the merged model's logits differ by at most {off:.1e}")
@@ -585,7 +590,9 @@ def main(argv: list[str] | None = None) -> None:
         print(*map(describe_model, models), sep="\n")
     if args.explain and not (job or args.json):
         note("after a word: points of probability lost without it")
-    if job:
+    if job == "label_column":
+        print(judge(models, args))
+    elif job:
         JOBS[job][0](models, args)
     elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
         prompt(models, args)
@@ -629,22 +636,17 @@ def check_flags(args: Namespace) -> str | None:
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
-    if args.output:
-        if args.output.suffix.lower() not in ENDINGS:
-            raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
-        if not args.file and sys.stdin and sys.stdin.isatty():
-            raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
-        with refusing(f"--output {args.output} cannot be made", "name a new file"):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.touch(exist_ok=False)
-            args.output.unlink()
-    for path in filter(None, (args.output, args.glue, args.export)):
-        hold(path)
-    is_submission = args.glue and args.glue.is_file() and args.glue.read_bytes().startswith(b"index\tpred")
-    if args.glue and args.glue.exists() and not is_submission:
-        raise InputError(f"--glue {args.glue} already exists; name a new file")
-    if args.export and args.export.exists() and (args.export.is_file() or any(args.export.iterdir())):
-        raise InputError(f"--export {args.export} already exists; name a new folder")
+    if args.output and args.output.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
+    if args.output and not args.file and sys.stdin and sys.stdin.isatty():
+        raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
+    for flag in ("output", "glue", "export"):
+        if path := getattr(args, flag):
+            hold(path)
+            with refusing(f"--{flag} {path} cannot be made", "name a new one"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(exist_ok=False)
+                path.unlink()
     return job
 
 

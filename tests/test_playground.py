@@ -180,8 +180,8 @@ def test_models_on_one_base_share_it_and_answer_as_alone(here, tiny_base, tmp_pa
         script.main(flags(tiny_base, table, *more, output))
     counts, places = [], set()
     for path, model in zip(paths, playground.load_all(paths, None), strict=True):
-        ours, _ = playground.probabilities(model, TEXTS)
-        assert torch.allclose(ours, unmerged(str(path), TEXTS), rtol=0, atol=1e-6)
+        ours, _ = model.logits(TEXTS)
+        assert torch.allclose(ours.softmax(dim=1), unmerged(str(path), TEXTS), rtol=0, atol=1e-6)
         encoder = dict(model.base.model.base_model.named_parameters()).items()
         places_of_one = {tensor.data_ptr() for name, tensor in encoder if "lora_" not in name}
         counts.append(len(places_of_one))
@@ -207,7 +207,9 @@ def test_json_is_all_that_is_printed_and_peft_and_pandas_are_not_needed(adapters
     assert done.stdout.isascii() and done.stdout.endswith(b"}\n")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["text"] for answer in answers] == texts
-    assert all(list(answer) == ["text", "label", "probabilities", "model"] for answer in answers)
+    assert all(
+        list(answer) == ["text", "label", "probability", "probabilities", "model"] for answer in answers
+    )
     assert [answer["label"] for answer in answers[:4]] == ["positive", None, None, "negative"]
     assert [list(answer["probabilities"]) for answer in answers[:2]] == [["negative", "positive"], []]
 
@@ -387,7 +389,7 @@ def test_glue_writes_a_row_for_every_sentence(name, here, tmp_path) -> None:
     form = "{}\t{}\n" if name == "test.tsv" else '{{"index": {}, "sentence": "{}"}}\n'
     lines = [form.format(i, text if name == "test.tsv" else text.replace('"', '\\"')) for i, text in rows]
     table = write(tmp_path / name, "index\tsentence\n" * (name == "test.tsv") + "".join(lines))
-    output = write(tmp_path / "new" / "SST-2.tsv", "index\tprediction\n0\t1\n")  # an earlier one
+    output = tmp_path / "new" / "SST-2.tsv"
     assert "4" in ask("--model", PEFT, "--glue", output, "--file", table)
     best = unmerged(PEFT, [text for _, text in rows]).argmax(dim=1).tolist()
     expected = "".join(f"{i}\t{p}\n" for (i, _), p in zip(rows, best, strict=True))
@@ -449,7 +451,6 @@ def test_what_is_refused_changes_no_file(arguments, names, here, tmp_path, monke
 
 def test_export_runs_in_a_pipeline_without_this_project(here, tmp_path) -> None:
     folders, former = [tmp_path / "new" / "a", tmp_path / "b"], os.umask(0o022)
-    folders[1].mkdir()  # an empty folder may be there
     for model, folder in zip((SCRATCH, PEFT), folders, strict=True):
         assert str(folder) in ask("--model", model, "--export", folder)
         files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
