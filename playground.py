@@ -49,7 +49,7 @@ ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 @dataclass
 class Model:
-    """A trained model, to be called with a list of texts, by any number of threads."""
+    """A trained model, to be called with texts, by any number of threads."""
 
     name: str  # as the answers call it
     path: Path
@@ -62,14 +62,15 @@ class Model:
         self.data = Path(self.facts.get("data") or "unknown data")
         self.lock = Lock()
 
-    def __call__(self, texts: list[str], unsure=0.0, explained=False) -> list[dict]:
-        """An answer for each text: its text, label, probability and all probabilities.
+    def __call__(self, texts: list[str] | str, unsure=0.0, explained=False) -> list[dict]:
+        """An answer for each text (a str is one): label, probability and all probabilities.
 
         A blank text has no label (None), one that is too long "cut". Below `unsure` percent
         the label is "unsure"; `explained` gives "words": see `explain`.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"{texts!r:.80} is no list of texts")
+        texts = [texts] if isinstance(texts, str) else [*texts]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"{wrong[0]!r} is no text: give a list of str")
         whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
         nothing = {"label": None, "probability": None, "probabilities": {}}
         answers = [{"text": text, **nothing} for text in whole]

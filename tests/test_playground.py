@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -137,6 +138,40 @@ def test_the_model_trained_last_is_asked_and_a_terminal_says_which_it_is(here, t
         assert all(part in head for part in (str(model), "tiny_sst2", "negative, positive", "2001-09-0"))
         assert "\n".join(answers) + "\n" == ask("I loved it", "I hated it")
     assert json.loads(Child("--json", "I loved it", terminal=True).finish()[1])["label"] == "positive"
+
+
+def test_other_programs_call_a_model_from_any_folder_and_it_prints_nothing(adapters, tmp_path) -> None:
+    code = """if True:
+        import json, sys
+        sys.path.append(sys.argv[1])
+        from playground import load
+        print(json.dumps([load(path)(["I loved it", " ", "great " * 200]) for path in sys.argv[2:]]))"""
+    paths = [adapters / SCRATCH, adapters / PEFT]
+    command = [sys.executable, "-c", code, Path(SCRIPT).parent, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+    for path, answers in zip(paths, json.loads(done.stdout), strict=True):
+        expected = ask_json("--model", path, "I loved it", " ", "great " * 200)
+        assert [answer | {"model": expected[0]["model"]} for answer in answers] == expected
+        (first, blank, cut), sure = answers, unmerged(str(path), ["I loved it"])[0, 1].item()
+        assert first["label"] == "positive" and first["probability"] == pytest.approx(sure, abs=1e-5)
+        assert first["probability"] == first["probabilities"]["positive"] and cut["cut"] is True
+        assert blank == {"text": " ", "label": None, "probability": None, "probabilities": {}}
+
+
+def test_eight_threads_get_the_answers_of_one(adapters) -> None:
+    model, alone = playground.load(adapters / SCRATCH), playground.load(str(adapters / SCRATCH))
+    parts = [[*TEXTS[i:], *TEXTS[:i]] for i in range(8)] * 3
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(model, parts)] == [alone(part) for part in parts]
+
+
+def test_any_sequence_of_texts_is_answered_and_nothing_else(adapters) -> None:
+    model = playground.load(adapters / SCRATCH)
+    assert model("I loved it") == model(iter(["I loved it"])) == model(("I loved it",))
+    for wrong in (None, 1.5, b"I loved it"):
+        with pytest.raises(TypeError, match=re.escape(repr(wrong))):
+            model(["I loved it", wrong])
 
 
 VISIBLE = ["c’est\xa0bien", "می\u200cخواهم", "\U0001f469\u200d\U0001f467 \u2764\ufe0f"]
