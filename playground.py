@@ -7,7 +7,6 @@ cat reviews.txt | python playground.py                # one sentence a line
 python playground.py --file new.csv --output out.csv  # the same table with its answers
 python playground.py --file test.csv --label-column about  # how good; which is best
 python playground.py --web                            # a page on this machine
-python playground.py --model a.pt --glue SST-2.tsv    # GLUE's submission
 python playground.py --model a.pt --export FOLDER     # for transformers.pipeline
 """
 
@@ -22,26 +21,25 @@ import tempfile
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from select import select
 from threading import Lock
 
 # isort: off
-from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
-from lora_scratch import FORMATS, GLUE, SPLITS, choose_column, find_columns, load_tables, read_file, read_rows
+from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, prepare_machine, speed_up
+from lora_scratch import FORMATS, GLUE, choose_column, find_columns, read_file, read_rows, read_text
 from lora_scratch import hold, is_blank, is_table, listed, note, report_labels, score, visible
 from lora_scratch import InputError, Parser, refusing, run, use_cache_if_offline, write_file, write_folder
 
-# isort: on
 import numpy
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
-from transformers import BatchEncoding
 
 UNSURE = "unsure"  # the answer below --unsure
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
@@ -63,10 +61,9 @@ class Model:
         self.lock = Lock()
 
     def __call__(self, texts: list[str] | str, unsure=0.0, explained=False) -> list[dict]:
-        """An answer for each text (a str is one): label, probability and all probabilities.
+        """Label, probability and all probabilities of each text; a str is one text.
 
-        A blank text has no label (None), one that is too long "cut". Below `unsure` percent
-        the label is "unsure"; `explained` gives "words": see `explain`.
+        A blank one's label is None, "unsure" below `unsure` percent; `explained` adds "words".
         """
         texts = [texts] if isinstance(texts, str) else [*texts]
         if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -90,7 +87,17 @@ class Model:
                 answer["words"] = self.explain(answer["text"])
         return answers
 
-    def logits(self, texts: list[str]) -> tuple[torch.Tensor, BatchEncoding]:
+    @property
+    def accuracy(self) -> str:
+        """How often it was right in validation, if its file knows."""
+        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old, or of --folds
+            last = self.facts["record"]["epochs"][-1]
+            right, wrong = last["correct"], last["total"] - last["correct"]
+            result = score(torch.tensor([[right, wrong], [0, 0]]))
+            return "{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}".format(**result)
+        return "accuracy unknown"
+
+    def logits(self, texts: list[str]) -> tuple[torch.Tensor, transformers.BatchEncoding]:
         """(texts, labels), in float32, and the texts as tokens."""
         nothing = [self.base.tokenizer.pad_token_id]  # as in tokenize
         with self.lock:  # a tokenizer serves one thread at a time
@@ -103,7 +110,7 @@ class Model:
         return found, encoded
 
     def explain(self, text: str) -> list[tuple[str, float]]:
-        """Each word that is read, and what the probability loses without it."""
+        """Each word that is read, and what the answer's log-odds lose without it."""
         words = list(islice(re.finditer(r"\S+", text), self.max_length))
         text = text[: words[-1].end()]
         mask = self.base.tokenizer.mask_token or self.base.tokenizer.unk_token or ""
@@ -111,16 +118,13 @@ class Model:
         logits, encoded = self.logits([text, *masked])
         while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
             words.pop()  # unchanged without it: it was cut off
-        whole, *rows = logits.softmax(dim=1)
-        effects = [round((whole - row)[whole.argmax()].item(), 6) for row in rows]
-        return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
+        odds = logits.double().softmax(dim=1)[:, logits[0].argmax()].logit(eps=1e-12)
+        effects = (odds[0] - odds[1:]).tolist()
+        return [(word[0], round(effect, 4)) for word, effect in zip(words, effects, strict=False)]
 
 
-def load(path: str | Path, base: str | None = None, merged: bool = True) -> Model:
-    """A trained model from a file of lora_scratch.py or a folder of lora_peft.py.
-
-    `base` says where its base model is now, if not where it was in training.
-    """
+def load(path: str | Path, base: str | None = None, merged=True, precision="fp32") -> Model:
+    """A trained model from a file or a folder; its base model is now at `base`."""
     path, name = Path(path), "LoRA_scratch"
     if path.is_dir():
         from lora_peft import load_adapter  # others need no PEFT
@@ -130,38 +134,32 @@ def load(path: str | Path, base: str | None = None, merged: bool = True) -> Mode
         found, facts = load_checkpoint(path, base)
         if merged:
             merge_lora(found.model)
-    speed_up(found).to("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = prepare_machine(Namespace(device="auto", precision=precision, threads=None))
+    speed_up(found, dtype).to(device)
     return Model(name, path, found, facts)
 
 
-def load_all(paths: list[Path], base: str | None) -> list[Model]:
+def load_all(paths: list[Path], base: str | None = None, precision="fp32") -> list[Model]:
     """Trained models. One alone is merged; several share the tensors of their base."""
-    models, shared = [], {}
-    for path in paths:
-        model = load(path, base, merged=len(paths) == 1)
+    models, shared, kinds = [], {}, [path.is_dir() for path in paths]
+    for path, kind in zip(paths, kinds, strict=True):
+        model = load(path, base, len(paths) == 1, precision)
+        if kinds.count(kind) > 1:
+            model.name = str(path)
         for key, parameter in model.base.model.named_parameters():
             key = model.base.identity["fingerprint"], re.sub(r"\.base(_layer)?\b", "", key)
             if torch.equal(shared.setdefault(key, parameter.data), parameter):
                 parameter.data = shared[key]
         models.append(model)
-    names = [model.name for model in models]
-    for model, name in zip(models, names, strict=True):
-        if names.count(name) > 1:
-            model.name = str(model.path)
     return models
 
 
 def describe_model(model: Model) -> str:
-    """What a model is: its file, data, date and labels."""
+    """What a model is: its file, data, date, labels and accuracy."""
     file = model.path / "lora_peft.json" if model.path.is_dir() else model.path
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     data, labels = os.path.relpath(model.data), listed(model.label_names, 10)
-    return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}", 500)
-
-
-def ending(path: Path | None) -> str:
-    """.csv of new.csv and of new.csv.gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix if path else ""
+    return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}; {model.accuracy}", 600)
 
 
 def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
@@ -169,22 +167,20 @@ def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iter
     texts, later, table = args.sentences, (), None
     if args.file and is_table(args.file):
         table = read_file(args.file)
-        column = choose_text(models, args, table)
-        found = read_rows(args.file, table, column)["text"]  # without the blank ones
+        found = read_rows(args.file, table, choose_text(models, args, table))["text"]  # not blank
         texts = [*texts, *found.reindex(table.index + 1, fill_value="")]
+    elif args.file not in (None, Path("-")):
+        with refusing(f"{args.file} cannot be read", "give lines of text or a table"):
+            later = split_lines([read_text(args.file)[0]])
     elif args.file or not texts:
-        is_input = args.file in (None, Path("-"))
-        name = "standard input" if is_input else args.file
-        with refusing(f"{name} cannot be read", "give sentences, a --file or a pipe"):
-            stream = sys.stdin.buffer.raw if is_input else open(name, "rb", 0)  # noqa: SIM115
-        later = read_lines(name, stream)
+        later = split_lines(read_input())
     return chunks(texts, disable, later), table
 
 
 def choose_text(models: list[Model], args: Namespace, table) -> str:
     """The column of texts: as given, else as in training, else the likeliest."""
     trained = models[0].facts.get("text_column")
-    if args.text_column or trained in table.columns:
+    if args.text_column or trained in table:
         return args.text_column or trained
     column = choose_column(args.file, table, "text", taken=args.label_column)
     if trained:
@@ -192,28 +188,18 @@ def choose_text(models: list[Model], args: Namespace, table) -> str:
     return column
 
 
-def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
-    """Lines as they come, up to 1,024: UTF-16 if marked, else UTF-8 or Windows-1252."""
-    rest, done, noted = "", 0, False
+def read_input() -> Iterator[str]:
+    """Standard input, as it comes."""
+    blocks = iter(lambda: select([0], [], []) and os.read(0, 2**20), b"")
+    with refusing("standard input cannot be read", "pipe UTF-8, or give sentences or a --file"):
+        yield from codecs.iterdecode(blocks, "utf-8-sig")
 
-    def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
-        nonlocal noted
-        if not noted:
-            line = done + error.object.count(b"\n", 0, error.start) + 1
-            note(f"{name}: line {line} is not UTF-8; it is read as Windows-1252")
-        noted = True
-        return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
-    codecs.register_error("as_windows", as_windows)
-    blocks = iter(lambda: select([stream], [], []) and stream.read(2**20), b"")
-    start = next(blocks, b"")
-    is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff") and start[2:4] != b"\0\0"
-    if b"\0" in start and not is_utf16:
-        raise InputError(f"{name} is neither text nor a table; give one")
-    codec = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "as_windows")
-    for text in codecs.iterdecode(chain([start], blocks), *codec):
-        *lines, rest = (rest + text).split("\n")  # what is there: a pipe's writer may be slow
-        done += len(lines)
+def split_lines(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Whole lines as the parts of their text come, up to 1,024 at a time."""
+    rest = ""
+    for part in parts:
+        *lines, rest = (rest + part).split("\n")
         for at in range(0, len(lines), 1024):
             yield [line.removesuffix("\r") for line in lines[at : at + 1024]]
     if rest:
@@ -257,8 +243,8 @@ def in_words(answer: dict, model: Model) -> str:
         line += f"  (cut to {model.max_length} tokens)"
     words, dull = [], os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     for word, effect in answer.get("words", []):
-        words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
-        if sys.stdout.isatty() and not dull and abs(effect) >= 0.01:
+        words.append(f"{visible(word, 40)} {effect:+z.1f}")
+        if sys.stdout.isatty() and not dull and round(effect, 1):
             words[-1] = f"\033[{32 if effect > 0 else 31}m{words[-1]}\033[0m"
     return f"{line}\n    {'  '.join(words)}" if words else line
 
@@ -289,9 +275,7 @@ def judge(models: list[Model], args: Namespace) -> str:
         with redirect_stderr(io.StringIO()):  # noted
             texts = read_rows(args.file, table, columns[0])["text"]
         texts = texts.reindex(table.index + 1, fill_value="")
-        answers = write_answers(models, args, (chunks(texts), table), given)
-    else:
-        answers = [[*chain(*(model(chunk, args.unsure) for chunk in chunks(texts)))] for model in models]
+    answers = write_answers(models, args, texts, table, given)
     for model, labels, found in zip(models, given, answers, strict=True):
         judged = pandas.DataFrame(found, texts.index).loc[rows.index].assign(given=labels)
         said.append(judgement(model, judged, args))
@@ -311,8 +295,7 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
-    folders = args.file.resolve().parents[:2] if split == "training" else ()
+    folders = args.file.resolve().parents[:2] if args.file.name.lower().startswith("train") else ()
     if model.data.exists() and model.data.resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
@@ -387,101 +370,90 @@ def sign_test(one: int, other: int) -> float:
     return min(1.0, 2 * coins.log_prob(fewer).exp().sum().item())
 
 
-def write_answers(models: list[Model], args: Namespace, whole=None, given=()) -> list:
-    """Write every row with each model's answer; return those to judge."""
+def write_answers(models: list[Model], args: Namespace, texts=None, table=None, given=()) -> list:
+    """Each model's answers to --file or a pipe; --output gets the rows with them."""
     import pandas
 
-    texts, table = whole or read_texts(models, args)
-    kept = [[] for _ in given]
-    come_later = table is None and ending(args.output) != ".tsv"  # it refuses tabs
+    if texts is None:
+        parts, table = read_texts(models, args)
+        texts = [*chain(*parts)]
     if table is None:
-        texts = texts if come_later else list(texts)
-        table = pandas.DataFrame({"text": [] if come_later else chain(*texts)}, dtype=str)
+        table = pandas.DataFrame({"text": texts}, dtype=str)
+    answers = [[{"label": None, "probability": None}] * len(table) for _ in models]
 
-    def answer_pieces(texts: Iterable[list[str]]) -> Iterator:  # the first has no rows
-        start = 0
-        for chunk in chain([[]], texts):
-            piece = table[start : start + len(chunk)]
-            if come_later:
-                piece = pandas.DataFrame({"text": chunk}, dtype=str)
-            start += len(chunk)
-            for i, model in enumerate(models):
-                found = model(chunk, args.unsure)
-                answers = pandas.DataFrame(found, piece.index, ["label", "probability"], dtype=object)
-                if given:
-                    kept[i] += found
-                    labels = given[i].reindex(piece.index + 1).set_axis(piece.index)
-                    agrees = (answers["label"] == labels).astype(object)
-                    answers["agrees"] = agrees.where(labels.notna(), None)
-                if len(models) > 1:
-                    answers = answers.add_suffix(f" {model.name}")
-                while table.columns.isin(answers.columns).any():
-                    answers = answers.add_prefix("model_")
-                piece = pandas.concat([piece, answers], axis=1)
-            yield piece
+    def ask() -> None:
+        for found, model in zip(answers, models, strict=True):
+            found[:] = chain(*(model(chunk, args.unsure) for chunk in chunks(texts)))
+
+    def save(path: Path) -> None:
+        whole = table
+        for i, (model, found) in enumerate(zip(models, answers, strict=True)):
+            found = pandas.DataFrame(found, table.index, ["label", "probability"], dtype=object)
+            if given:
+                labels = given[i].reindex(table.index + 1).set_axis(table.index)
+                agrees = (found["label"] == labels).astype(object)
+                found["agrees"] = agrees.where(labels.notna(), None)
+            if len(models) > 1:
+                found = found.add_suffix(f" {model.name}")
+            while table.columns.isin(found.columns).any():
+                found = found.add_prefix("model_")
+            whole = pandas.concat([whole, found], axis=1)
+        with refusing(f"--output {args.output} cannot hold this", "name a .jsonl file"):
+            write_table(path, table, whole, args)
 
     def write(temporary: Path) -> None:
-        save = write_parquet if ending(args.output) == ".parquet" else write_text
-        blank = chunks([""] * len(table), True)  # a trial: no model is asked
-        save(temporary, table, answer_pieces(blank), args)
-        save(temporary, table, answer_pieces(texts), args)
+        save(temporary)  # a trial, still without answers
+        ask()
+        save(temporary)
         if args.output.exists():
             raise InputError(f"--output {args.output} exists by now; name a new file")
 
-    write_file(args.output, write)
-    print(f"saved {args.output}", file=sys.stderr if args.json else sys.stdout)
-    return [one[len(table) :] for one in kept]  # without the trial's
+    if args.output:
+        write_file(args.output, write)
+        print(f"saved {args.output}", file=sys.stderr if args.json else sys.stdout)
+    else:
+        ask()
+    return answers
 
 
-def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
-    """Write pieces of a table as CSV, TSV or JSON lines."""
+def write_table(path: Path, table, whole, args: Namespace) -> None:
+    """Write a table with its answers in the format of --output."""
     import pandas
-
-    suffix, source = ending(args.output), ending(args.file)
-    how = {"delimiter": table.attrs.get("separator", ",") if source == ".csv" else ","}
-    if suffix == ".tsv":  # as GLUE writes it: a quote character is text
-        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
-    encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
-    with open(path, "w", encoding=encoding, newline="") as file:
-        # Its own line end is \r\n, so it quotes or refuses both characters
-        unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
-        writer = csv.writer(unix, **how)
-        for piece in pieces:
-            with refusing(f"--output {args.output} cannot hold these rows", "name another format"):
-                plain = {name: column.tolist() for name, column in piece.items()}
-                plain = pandas.DataFrame(plain, dtype=object)
-                if suffix != ".jsonl" or source not in (".json", ".jsonl"):
-                    plain = plain.where(plain.notna(), None)
-                rows = plain.itertuples(index=False, name=None)
-                if suffix == ".jsonl":
-                    for row in rows:  # NA: what a row of a JSON file lacks
-                        cells = zip(plain, row, strict=True)
-                        row = {name: cell for name, cell in cells if cell is not pandas.NA}
-                        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-                elif piece.empty:
-                    header = table.attrs.get("header", table.columns)
-                    writer.writerow([*header, *piece.columns[len(header) :]])
-                else:
-                    writer.writerows(rows)
-
-
-def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
-    """Write pieces of a table as Parquet, with the types and names of --file."""
     import pyarrow
     from pyarrow import parquet
 
-    with refusing(f"--output {args.output} cannot hold this table", "name a .jsonl file"):
+    suffix, source = args.output.suffix.lower(), str(args.file).lower().removesuffix(".gz")
+    if suffix == ".parquet":  # with the types and names of --file
         schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
-        if ending(args.file) == ".parquet":
+        if source.endswith(suffix):
             schema = parquet.read_schema(args.file)
         kinds = cycle(["string", "float64", "bool"][: 3 if args.label_column else 2])
-        for name, kind in zip(next(pieces).columns[len(schema) :], kinds, strict=False):
+        for name, kind in zip(whole.columns[len(schema) :], kinds, strict=False):
             schema = schema.append(pyarrow.field(name, kind))
-        writer = parquet.ParquetWriter(path, schema)
-    with writer:
-        for piece in pieces:
-            piece = piece.set_axis(schema.names, axis=1)  # with their spaces
-            writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
+        whole = whole.set_axis(schema.names, axis=1)  # with their spaces
+        whole = pyarrow.Table.from_pandas(whole, schema, preserve_index=False)
+        return parquet.write_table(whole.replace_schema_metadata(schema.metadata), path)
+    plain = {name: column.tolist() for name, column in whole.items()}
+    plain = pandas.DataFrame(plain, dtype=object)
+    if suffix != ".jsonl" or not source.endswith((".json", ".jsonl")):
+        plain = plain.where(plain.notna(), None)
+    rows = plain.itertuples(index=False, name=None)
+    encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
+    with open(path, "w", encoding=encoding, newline="") as file:
+        if suffix == ".jsonl":
+            for row in rows:  # NA: what a row of a JSON file lacks
+                cells = zip(plain, row, strict=True)
+                row = {name: cell for name, cell in cells if cell is not pandas.NA}
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            return
+        how = {"delimiter": table.attrs.get("separator", ",") if source.endswith(".csv") else ","}
+        if suffix == ".tsv":  # as GLUE writes it: a quote character is text
+            how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        # Its own line end is \r\n, so it quotes or refuses both characters
+        unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        header = table.attrs.get("header", table.columns)
+        header = [*header, *whole.columns[len(header) :]]
+        csv.writer(unix, **how).writerows(chain([header], rows))
 
 
 def serve(models: list[Model], args: Namespace) -> None:
@@ -492,42 +464,53 @@ def serve(models: list[Model], args: Namespace) -> None:
         import gradio
 
     def ask(text: str) -> list:
-        shown = []
-        for model in models:
-            (answer,) = model([text], args.unsure, explained=True)
-            words = answer.pop("words", None)
-            shown += [in_words(answer, model), answer["probabilities"] or None, words]
-        return shown
+        return [as_html(model(text, args.unsure, explained=True)[0], model) for model in models]
 
-    def answer_file(name: str) -> str:
-        own = Namespace(**vars(args) | {"file": Path(name)})
-        suffix = ending(own.file) if ending(own.file) in ENDINGS else ".csv"
+    def answer_file(name: str) -> list:
+        own, trained = Namespace(**vars(args) | {"file": Path(name)}), models[0].facts
+        suffix = next((one for one in ENDINGS if f"{one}." in f"{name.lower()}."), ".csv")
         own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
+        own.label_column, judged = trained.get("label_column"), ""
         try:
-            write_answers(models, own)
+            with suppress(InputError), redirect_stderr(io.StringIO()) as notes:  # no labels
+                judged = f"{judge(models, own)}\n{notes.getvalue()}"
+            if not own.output.exists():
+                own.label_column = None
+                write_answers(models, own)
         except InputError as error:
-            raise gradio.Error(str(error).replace(name, own.file.name), print_exception=False) from error
-        return str(own.output)
+            said = str(error).replace(name, own.file.name).replace(f"--output {own.output}", "a file")
+            said = re.sub("([Ss]ee|say) --.*", f"name its column {trained.get('text_column')!r}", said)
+            raise gradio.Error(said, print_exception=False) from error
+        rows = read_file(own.output)[:10].astype(str).iloc[:, ::-1]  # for a phone, answers first
+        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{escape(judged)}</pre>"]
 
     with gradio.Blocks(title="LoRA playground") as page, folder:
-        text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
-        for model in models:
-            parts.append(gradio.Textbox(label=model.name))
-            parts.append(gradio.Label(label="probabilities", show_heading=False))
-            parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
+        about = [f"<p>{escape(describe_model(model))}</p>" for model in models]
+        gradio.HTML(f"<h2>{escape(listed(models[0].label_names, 10))}?</h2>{''.join(about)}")
+        text = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True)
+        parts = [gradio.HTML() for _ in models]
         text.submit(ask, text, parts, concurrency_id="models")
-        with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # data is gone
-            data = models[0].data
-            if data.is_file() or data.is_dir():
-                settings = models[0].facts["record"]["settings"] | {"folds": None}
-                settings |= {"data": str(data), "dataset": str(data)}
-                rows = load_tables(Namespace(**settings))[1]
-                shown = [[sentence] for sentence in rows["text"][:5]]
-                gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
+        gradio.HTML("Beside a word: its part of the answer's log-odds. Green is for it, red against.")
         file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
-        file.upload(answer_file, file, gradio.File(label="With answers"), concurrency_id="models")
-        share = "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
-        page.launch(server_name="127.0.0.1", share=share, inbrowser=sys.stderr.isatty(), footer_links=[])
+        found = [gradio.File(label="With answers"), gradio.Dataframe(label="First rows"), gradio.HTML()]
+        file.upload(answer_file, file, found, concurrency_id="models")
+        share = args.share or "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
+        where = {"server_name": "127.0.0.1", "server_port": args.port, "share": share}
+        with refusing(f"--port {args.port} cannot be used", "name another"):
+            page.launch(**where, inbrowser=sys.stderr.isatty(), footer_links=[])
+
+
+def as_html(answer: dict, model: Model) -> str:
+    """The answer, the likeliest labels as bars, and the words in colour."""
+    said = escape(in_words({**answer, "words": []}, model))
+    shown = [f"<div>{escape(model.name)}</div><h3>{said}</h3>"]
+    for label, p in sorted(answer["probabilities"].items(), key=lambda one: -one[1])[:5]:
+        shown.append(f"<div><meter value={p}></meter> {escape(visible(label))} {100 * p:.1f} %</div>")
+    for word, effect in answer.get("words", []):
+        colour = f"rgb({'0 160 0' if effect > 0 else '220 0 0'} / {min(abs(effect) / 4, 0.8):.2f})"
+        word = f"{escape(visible(word, 40))} <small>{effect:+z.1f}</small>"
+        shown.append(f"<span style='background: {colour}; padding: 2px'>{word}</span>")
+    return "\n".join(shown)
 
 
 def write_glue(models: list[Model], args: Namespace) -> None:
@@ -535,32 +518,54 @@ def write_glue(models: list[Model], args: Namespace) -> None:
     (model,) = models
     if len(model.label_names) != 2:
         raise InputError(f"--glue: SST-2 has 2 labels, {model.path} has {len(model.label_names)}")
-    if not args.file:
-        use_cache_if_offline()
-        with refusing("the Hub's SST-2 cannot be read", "give index and sentence in --file"):
+    with refusing(f"{args.file or GLUE[0]} cannot be read", "give index and sentence in --file"):
+        if not args.file:
+            use_cache_if_offline()
             file = {"filename": "sst2/test-00000-of-00001.parquet", "revision": GLUE[2]}
             args.file = Path(hf_hub_download(GLUE[0], **file, repo_type="dataset"))
-    texts, table = read_texts(models, args)
-    numbers = None if table is None else table.get("index", table.get("idx"))
-    if numbers is None:
-        raise InputError(f"{args.file}: give a table with the columns index and sentence")
-    found = torch.cat([model.logits(chunk)[0] for chunk in texts])
-    rows = numbers.to_frame("index").assign(prediction=found.argmax(dim=1).tolist())
+        texts, table = read_texts(models, args)
+        numbers = table["index" if "index" in table else "idx"]
+    found = torch.cat([model.logits(chunk)[0] for chunk in texts]).argmax(dim=1)
+    rows = numbers.to_frame("index").assign(prediction=found.tolist())
     write_file(args.glue, lambda temporary: rows.to_csv(temporary, sep="\t", index=False))
     print(f"saved {len(rows):,} predictions as {args.glue}")
 
 
+def card(model: Model) -> str:
+    """What README.md says of an exported model."""
+    facts, record, labels = model.facts, model.facts["record"], listed(model.label_names)
+    name = Path(facts["base"]).name if Path(facts["base"]).exists() else facts["base"]
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# Which of {labels}?
+`pipeline("text-classification", FOLDER, truncation=True)` cuts a text at {model.max_length} tokens
+and gives it one of the labels {labels}.
+- Base model: {visible(name)}; merged: LoRA of rank {facts["r"]} and alpha {facts["alpha"]:g}
+- Training: {visible(model.data.name)}, {len(record["epochs"])} epochs, rate {record["settings"]["lr"]:g}
+- Validation: {model.accuracy}; temperature {record["temperature"]:.2f}
+- Versions: {listed([f"{key} {version}" for key, version in record["versions"].items()])}
+- Licence: yours to choose, if base model and data allow
+"""
+
+
 def export(models: list[Model], args: Namespace) -> None:
-    """Write the merged model for transformers, if it answers alike."""
+    """Write the merged model for transformers and a card, if it answers alike."""
     (merged,) = models
-    trained = load(merged.path, args.base, merged=False)
-    merged.base.tokenizer.model_max_length = merged.max_length
+    tokenizer = merged.base.tokenizer
+    tokenizer.model_max_length = merged.max_length  # where truncation=True cuts
     texts = ["A warm, funny film.", "It never ends.", "so long " * merged.max_length]
-    expected, _ = trained.logits(texts)
+    expected, _ = load(merged.path, args.base, merged=False).logits(texts)
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
-        merged.base.tokenizer.save_pretrained(temporary)
+        if tokenizer.is_fast:  # so that other readers of tokenizer.json cut there, too
+            tokenizer.backend_tokenizer.enable_truncation(merged.max_length)
+        tokenizer.save_pretrained(temporary)
+        with suppress(LookupError):  # an old file knows less
+            (temporary / "README.md").write_text(card(merged), encoding="utf-8")
         pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
         found, _ = replace(merged, base=pipeline).logits(texts)
         off = (found - expected).abs().max().item()
@@ -573,24 +578,27 @@ def export(models: list[Model], args: Namespace) -> None:
 
 
 JOBS = {  # what replaces printing the answers, and the other flags that go with it
-    "label_column": (judge, {"file", "text_column", "unsure", "json", "output"}),
-    "output": (write_answers, {"file", "text_column", "unsure"}),
+    "label_column": (judge, {"file", "text_column", "unsure", "json", "output", "precision"}),
+    "output": (write_answers, {"file", "text_column", "unsure", "precision"}),
     "glue": (write_glue, {"file", "text_column"}),
-    "web": (serve, {"text_column", "unsure", "explain"}),
+    "web": (serve, {"text_column", "unsure", "port", "share", "precision"}),
     "export": (export, set()),
+    None: (None, {"sentences", "file", "text_column", "unsure", "json", "explain", "precision"}),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     job = check_flags(args)
-    models = load_all(choose_models(args), args.base)
+    is_exact = not args.file or args.explain or job not in (None, "output")
+    precision = args.precision or ("fp32" if is_exact else "auto")
+    models = load_all(choose_models(args), args.base, precision)
     if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
         raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
     if sys.stdout.isatty() and not args.json:
         print(*map(describe_model, models), sep="\n")
     if args.explain and not (job or args.json):
-        note("after a word: points of probability lost without it")
+        note("after a word: what it adds to the log-odds of the answer; 0.7 doubles the odds")
     if job == "label_column":
         print(judge(models, args))
     elif job:
@@ -605,23 +613,28 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="(default: standard input, or a prompt)")
-    help = "FILE.pt or a folder of lora_peft.py, or several (default: the newest)"
-    add("--model", type=Path, action="append", default=[], metavar="PATH", help=help)
-    add("--base", metavar="PATH", help="of the base model (default: where it lay in training)")
+    parser.usage, switch = "%(prog)s [options] [SENTENCE ...]", {"action": "store_true"}
+    add = parser.add_argument_group("ask").add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help="(standard input, or a prompt)")
+    add("--model", type=Path, action="append", default=[], metavar="PATH", help="(the newest)")
+    add("--base", metavar="PATH", help="of the base model (where it lay in training)")
+    add("--json", **switch, help="print one JSON object a line")
+    add("--explain", **switch, help="show what each word does")
+    add("--unsure", type=float, default=0.0, metavar="N", help='"unsure" below N percent (0: never)')
+    add("--precision", choices=["auto", "fp32", "bf16"], help="(auto for --file, else fp32)")
+    add = parser.add_argument_group("answer a table").add_argument
     add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
-    add("--text-column", help="of a table (default: as in training, or text, ...)")
-    add("--label-column", help="judge the models by this column of --file (default: off)")
-    help = f"write the rows or lines with their answers ({', '.join(ENDINGS)}; default: off)"
-    add("--output", type=Path, metavar="FILE", help=help)
-    help = 'answer "unsure" below this many percent (default: 0, never)'
-    add("--unsure", type=float, default=0.0, metavar="PERCENT", help=help)
-    add("--json", action="store_true", help="print one JSON object a line")
-    add("--explain", action="store_true", help="show what each word does")
-    add("--web", action="store_true", help="open a page on this machine")
-    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
+    add("--text-column", metavar="NAME", help="(as in training, or text, ...)")
+    add("--output", type=Path, metavar="FILE", help=f"rows and answers ({', '.join(ENDINGS)})")
+    add = parser.add_argument_group("judge").add_argument
+    add("--label-column", metavar="NAME", help="compare with this column of --file")
+    add = parser.add_argument_group("page").add_argument
+    add("--web", **switch, help="open a page on this machine")
+    add("--port", type=int, metavar="N", help="of the page (7860 or a later one)")
+    add("--share", **switch, help="by a public link, too")
+    add = parser.add_argument_group("export").add_argument
     add("--export", type=Path, metavar="FOLDER", help="write the merged model")
+    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
     return parser
 
 
@@ -629,18 +642,16 @@ def check_flags(args: Namespace) -> str | None:
     """The job that the flags ask for."""
     given = {name for name, value in vars(args).items() if value not in (None, False, [], 0)}
     job = next((name for name in JOBS if name in given), None)
-    if job and (extra := sorted(given - JOBS[job][1] - {job, "model", "base"})):
-        flags = [f"--{name.replace('_', '-')}" for name in (job, *extra)]
-        raise InputError(f"{flags[0]} does not go with {listed(flags[1:])}; leave one out")
-    has_table = args.file and is_table(args.file)
-    if job == "label_column" and not (args.label_column and has_table):
+    if extra := sorted(given - JOBS[job][1] - {job, "model", "base"}):
+        first, *others = [f"--{name.replace('_', '-')}" for name in (job or "web", *extra)]
+        how = "does not go with" if job else "is missing for"
+        raise InputError(f"{first} {how} {listed(others)}; see --help")
+    if job == "label_column" and not (args.label_column and args.file and is_table(args.file)):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output and args.output.suffix.lower() not in ENDINGS:
         raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
-    if args.output and not args.file and sys.stdin and sys.stdin.isatty():
-        raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
     for flag in ("output", "glue", "export"):
         if path := getattr(args, flag):
             hold(path)
@@ -653,10 +664,7 @@ def check_flags(args: Namespace) -> str | None:
 
 def choose_models(args: Namespace) -> list[Path]:
     """The models to ask: those given, else the one trained last."""
-    paths = list(map(os.path.realpath, args.model))
-    if len(set(paths)) < len(paths):
-        raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")
-    found, folder = args.model, Path("model")
+    found, folder = [*{path.resolve(): path for path in args.model}.values()], Path("model")
     if not found:
         files = [*folder.glob("*.pt"), *folder.glob("[!.]*/lora_peft.json")]
         newest = sorted(filter(Path.is_file, files), key=os.path.getmtime)[-1:]
