@@ -150,7 +150,8 @@ def save_adapter(folder: Path, adapter: Base, facts: dict) -> None:
 
     def write(temporary: Path) -> None:
         adapter.model.save_pretrained(temporary, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)  # a form, over one of the user's
+        (temporary / "README.md").unlink(missing_ok=True)  # a mere form
+        adapter.tokenizer.model_max_length = facts["max_length"]
         adapter.tokenizer.save_pretrained(temporary)
         written = seen_from(folder, facts) | {"format": FORMAT, "tensors": digest_of(temporary)}
         text = json.dumps(written, indent=1)

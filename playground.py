@@ -7,7 +7,6 @@ cat reviews.txt | python playground.py                # one sentence a line
 python playground.py --file new.csv --output out.csv  # the same table with its answers
 python playground.py --file test.csv --label-column about  # how good; which is best
 python playground.py --web                            # a page on this machine
-python playground.py --model a.pt --glue SST-2.tsv    # GLUE's submission
 python playground.py --model a.pt --export FOLDER     # for transformers.pipeline
 """
 
@@ -22,19 +21,20 @@ import tempfile
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, replace
+from html import escape
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from select import select
-from typing import NamedTuple
+from threading import Lock
 
 # isort: off
-from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, speed_up
-from lora_scratch import FORMATS, GLUE, SPLITS, choose_column, find_columns, load_tables, read_file, read_rows
+from lora_scratch import Base, Tokens, load_checkpoint, merge_lora, predict, prepare_machine, speed_up
+from lora_scratch import FORMATS, GLUE, choose_column, find_columns, read_file, read_rows, read_text
 from lora_scratch import hold, is_blank, is_table, listed, note, report_labels, score, visible
 from lora_scratch import InputError, Parser, refusing, run, use_cache_if_offline, write_file, write_folder
 
-# isort: on
 import numpy
 import torch
 import transformers
@@ -45,23 +45,107 @@ UNSURE = "unsure"  # the answer below --unsure
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 
-class Model(NamedTuple):
+@dataclass
+class Model:
+    """A trained model, to be called with texts, by any number of threads."""
+
     name: str  # as the answers call it
     path: Path
     base: Base
-    label_names: list[str]
-    max_length: int  # in tokens; longer text is cut
     facts: dict  # what its file says beside the tensors
 
+    def __post_init__(self):
+        self.label_names: list[str] = self.facts["label_names"]
+        self.max_length: int = self.facts["max_length"]  # in tokens; longer text is cut
+        self.data = Path(self.facts.get("data") or "unknown data")
+        self.lock = Lock()
 
-def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
-    """The trained models. One alone is merged; several share the tensors of their base."""
-    kinds = ["LoRA_peft" if path.is_dir() else "LoRA_scratch" for path in paths]
-    models, shared = [], {}
+    def __call__(self, texts: list[str] | str, unsure=0.0, explained=False) -> list[dict]:
+        """Label, probability and all probabilities of each text; a str is one text.
+
+        A blank one's label is None, "unsure" below `unsure` percent; `explained` adds "words".
+        """
+        texts = [texts] if isinstance(texts, str) else [*texts]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"{wrong[0]!r} is no text: give a list of str")
+        whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
+        nothing = {"label": None, "probability": None, "probabilities": {}}
+        answers = [{"text": text, **nothing} for text in whole]
+        asked = [answer for answer in answers if not is_blank(answer["text"])]
+        if not asked:
+            return answers
+        logits, encoded = self.logits([answer["text"] for answer in asked])
+        for i, (answer, row) in enumerate(zip(asked, logits.softmax(dim=1).tolist(), strict=True)):
+            found = [round(p, 6) for p in row]
+            answer |= {"label": self.label_names[row.index(max(row))], "probability": max(found)}
+            answer["probabilities"] = dict(zip(self.label_names, found, strict=True))
+            if answer["probability"] < unsure / 100:
+                answer["label"] = UNSURE
+            if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
+                answer["cut"] = True
+            if explained:
+                answer["words"] = self.explain(answer["text"])
+        return answers
+
+    @property
+    def accuracy(self) -> str:
+        """How often it was right in validation, if its file knows."""
+        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old, or of --folds
+            last = self.facts["record"]["epochs"][-1]
+            right, wrong = last["correct"], last["total"] - last["correct"]
+            result = score(torch.tensor([[right, wrong], [0, 0]]))
+            return "{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}".format(**result)
+        return "accuracy unknown"
+
+    def logits(self, texts: list[str]) -> tuple[torch.Tensor, transformers.BatchEncoding]:
+        """(texts, labels), in float32, and the texts as tokens."""
+        nothing = [self.base.tokenizer.pad_token_id]  # as in tokenize
+        with self.lock:  # a tokenizer serves one thread at a time
+            encoded = self.base.tokenizer(texts, truncation=True, max_length=self.max_length)
+            ids = [numpy.array(one or nothing, dtype=numpy.int32) for one in encoded["input_ids"]]
+            tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
+            found = predict(self.base.model, tokens, batch_size=32)
+        if not found.isfinite().all():
+            raise InputError(f"{self.path}: its answers are not finite; train it again")
+        return found, encoded
+
+    def explain(self, text: str) -> list[tuple[str, float]]:
+        """Each word that is read, and what the answer's log-odds lose without it."""
+        words = list(islice(re.finditer(r"\S+", text), self.max_length))
+        text = text[: words[-1].end()]
+        mask = self.base.tokenizer.mask_token or self.base.tokenizer.unk_token or ""
+        masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
+        logits, encoded = self.logits([text, *masked])
+        while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
+            words.pop()  # unchanged without it: it was cut off
+        odds = logits.double().softmax(dim=1)[:, logits[0].argmax()].logit(eps=1e-12)
+        effects = (odds[0] - odds[1:]).tolist()
+        return [(word[0], round(effect, 4)) for word, effect in zip(words, effects, strict=False)]
+
+
+def load(path: str | Path, base: str | None = None, merged=True, precision="fp32") -> Model:
+    """A trained model from a file or a folder; its base model is now at `base`."""
+    path, name = Path(path), "LoRA_scratch"
+    if path.is_dir():
+        from lora_peft import load_adapter  # others need no PEFT
+
+        name, (found, facts) = "LoRA_peft", load_adapter(path, base, merged)
+    else:
+        found, facts = load_checkpoint(path, base)
+        if merged:
+            merge_lora(found.model)
+    device, dtype = prepare_machine(Namespace(device="auto", precision=precision, threads=None))
+    speed_up(found, dtype).to(device)
+    return Model(name, path, found, facts)
+
+
+def load_all(paths: list[Path], base: str | None = None, precision="fp32") -> list[Model]:
+    """Trained models. One alone is merged; several share the tensors of their base."""
+    models, shared, kinds = [], {}, [path.is_dir() for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
-        name = kind if kinds.count(kind) == 1 else str(path)
-        model = load(name, path, base_name, merged=len(paths) == 1)
-        speed_up(model.base).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(path, base, len(paths) == 1, precision)
+        if kinds.count(kind) > 1:
+            model.name = str(path)
         for key, parameter in model.base.model.named_parameters():
             key = model.base.identity["fingerprint"], re.sub(r"\.base(_layer)?\b", "", key)
             if torch.equal(shared.setdefault(key, parameter.data), parameter):
@@ -70,37 +154,12 @@ def load_all(paths: list[Path], base_name: str | None) -> list[Model]:
     return models
 
 
-def load(name: str, path: Path, base_name: str | None, merged: bool = True) -> Model:
-    """A trained model from a checkpoint or a folder of PEFT."""
-    if path.is_dir():
-        from lora_peft import load_adapter  # others need no PEFT
-
-        base, facts = load_adapter(path, base_name, merged)
-    else:
-        base, facts = load_checkpoint(path, base_name)
-        if merged:
-            merge_lora(base.model)
-    return Model(name, path, base, facts["label_names"], facts["max_length"], facts)
-
-
-def training_data(model: Model) -> Path:
-    """Where a model's data is, else its name."""
-    with suppress(LookupError, TypeError):  # it may be a stranger's file
-        return Path(model.facts.get("data") or model.facts["record"]["settings"]["dataset"])
-    return Path("unknown data")
-
-
 def describe_model(model: Model) -> str:
-    """What a model is: its file, data, date and labels."""
+    """What a model is: its file, data, date, labels and accuracy."""
     file = model.path / "lora_peft.json" if model.path.is_dir() else model.path
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
-    data, labels = os.path.relpath(training_data(model)), listed(model.label_names, 10)
-    return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}", 500)
-
-
-def ending(path: Path | None) -> str:
-    """.csv of new.csv and of new.csv.gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix if path else ""
+    data, labels = os.path.relpath(model.data), listed(model.label_names, 10)
+    return visible(f"{model.path}: trained on {data}, {date}; labels: {labels}; {model.accuracy}", 600)
 
 
 def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
@@ -108,22 +167,20 @@ def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iter
     texts, later, table = args.sentences, (), None
     if args.file and is_table(args.file):
         table = read_file(args.file)
-        column = choose_text(models, args, table)
-        found = read_rows(args.file, table, column)["text"]  # without the blank ones
+        found = read_rows(args.file, table, choose_text(models, args, table))["text"]  # not blank
         texts = [*texts, *found.reindex(table.index + 1, fill_value="")]
+    elif args.file not in (None, Path("-")):
+        with refusing(f"{args.file} cannot be read", "give lines of text or a table"):
+            later = split_lines([read_text(args.file)[0]])
     elif args.file or not texts:
-        is_input = args.file in (None, Path("-"))
-        name = "standard input" if is_input else args.file
-        with refusing(f"{name} cannot be read", "give sentences, a --file or a pipe"):
-            stream = sys.stdin.buffer.raw if is_input else open(name, "rb", 0)  # noqa: SIM115
-        later = read_lines(name, stream)
+        later = split_lines(read_input())
     return chunks(texts, disable, later), table
 
 
 def choose_text(models: list[Model], args: Namespace, table) -> str:
     """The column of texts: as given, else as in training, else the likeliest."""
     trained = models[0].facts.get("text_column")
-    if args.text_column or trained in table.columns:
+    if args.text_column or trained in table:
         return args.text_column or trained
     column = choose_column(args.file, table, "text", taken=args.label_column)
     if trained:
@@ -131,103 +188,44 @@ def choose_text(models: list[Model], args: Namespace, table) -> str:
     return column
 
 
-def read_lines(name: str | Path, stream: io.FileIO) -> Iterator[list[str]]:
-    """Lines as they come, up to 1,024: UTF-16 if marked, else UTF-8 or Windows-1252."""
-    lines, rest, done, noted = [], "", 0, False
+def read_input() -> Iterator[str]:
+    """Standard input, as it comes."""
+    blocks = iter(lambda: select([0], [], []) and os.read(0, 2**20), b"")
+    with refusing("standard input cannot be read", "pipe UTF-8, or give sentences or a --file"):
+        yield from codecs.iterdecode(blocks, "utf-8-sig")
 
-    def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
-        nonlocal noted
-        if not noted:
-            line = done + error.object.count(b"\n", 0, error.start) + 1
-            note(f"{name}: line {line} is not UTF-8; it is read as Windows-1252")
-        noted = True
-        return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
-    codecs.register_error("as_windows", as_windows)
-    blocks = iter(lambda: select([stream], [], []) and stream.read(2**20), b"")
-    start = next(blocks, b"")
-    is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff") and start[2:4] != b"\0\0"
-    if b"\0" in start and not is_utf16:
-        raise InputError(f"{name} is neither text nor a table; give one")
-    codec = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "as_windows")
-    for text in codecs.iterdecode(chain([start], blocks), *codec):
-        *whole, rest = (rest + text).split("\n")
-        lines += [line.removesuffix("\r") for line in whole]
-        done += len(whole)
-        while len(lines) >= 1024 or (lines and not select([stream], [], [], 0.005)[0]):
-            yield lines[:1024]  # or fewer: no more are there yet
-            del lines[:1024]
-    if lines or rest:
-        yield [*lines, rest.removesuffix("\r")] if rest else lines
+def split_lines(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Whole lines as the parts of their text come, up to 1,024 at a time."""
+    rest = ""
+    for part in parts:
+        *lines, rest = (rest + part).split("\n")
+        for at in range(0, len(lines), 1024):
+            yield [line.removesuffix("\r") for line in lines[at : at + 1024]]
+    if rest:
+        yield [rest.removesuffix("\r")]
 
 
 def chunks(texts: list[str], disable=None, later: Iterable[list[str]] = ()) -> Iterator[list[str]]:
     """1,024 texts at a time, to be sorted by length, then later ones."""
-    whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
-    parts = (whole[i : i + 1024] for i in range(0, len(whole), 1024))
-    with tqdm(total=len(whole) or None, unit=" texts", disable=disable, delay=1) as bar:
+    parts = (texts[i : i + 1024] for i in range(0, len(texts), 1024))
+    with tqdm(total=len(texts) or None, unit=" texts", disable=disable, delay=1) as bar:
         for chunk in chain(parts, later):
             yield chunk
             bar.update(len(chunk))
-
-
-def probabilities(model: Model, texts: list[str]) -> tuple[torch.Tensor, dict]:
-    """(texts, labels), in float32, and the texts as tokens."""
-    encoded = model.base.tokenizer(texts, truncation=True, max_length=model.max_length)
-    nothing = [model.base.tokenizer.pad_token_id]  # as in tokenize
-    ids = [numpy.array(numbers or nothing, dtype=numpy.int32) for numbers in encoded["input_ids"]]
-    tokens = Tokens(ids, torch.zeros(len(ids), dtype=torch.int64))
-    found = predict(model.base.model, tokens, batch_size=32).softmax(dim=1)
-    if not found.isfinite().all():
-        raise InputError(f"{model.path}: its answers are not finite; train it again")
-    return found, encoded
-
-
-def classify(model: Model, texts: list[str], args: Namespace) -> list[dict]:
-    """An answer for each text; the label of a blank one is None."""
-    answers = [{"text": text, "label": None, "probabilities": {}, "model": model.name} for text in texts]
-    asked = [answer for answer in answers if not is_blank(answer["text"])]
-    if not asked:
-        return answers
-    found, encoded = probabilities(model, [answer["text"] for answer in asked])
-    for i, (answer, row) in enumerate(zip(asked, found.tolist(), strict=True)):
-        answer["probabilities"] = dict(zip(model.label_names, (round(p, 6) for p in row), strict=True))
-        is_sure = surest(answer) >= args.unsure / 100
-        answer["label"] = model.label_names[row.index(max(row))] if is_sure else UNSURE
-        if encoded.encodings and encoded.encodings[i].overflowing:  # fast tokenizers know
-            answer["cut"] = True
-        if args.explain:
-            answer["words"] = explain(model, answer["text"])
-    return answers
-
-
-def surest(answer: dict) -> float | None:
-    """The probability of the likeliest label."""
-    return max(answer["probabilities"].values(), default=None)
-
-
-def explain(model: Model, text: str) -> list[tuple[str, float]]:
-    """Each word that is read, and what the probability loses without it."""
-    words = list(islice(re.finditer(r"\S+", text), model.max_length))
-    text = text[: words[-1].end()]
-    mask = model.base.tokenizer.mask_token or model.base.tokenizer.unk_token or ""
-    masked = [text[: word.start()] + mask + text[word.end() :] for word in words]
-    (whole, *rows), encoded = probabilities(model, [text, *masked])
-    while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
-        words.pop()  # unchanged without it: it was cut off
-    effects = [round((whole - row)[whole.argmax()].item(), 6) for row in rows]
-    return [(word.group(), effect) for word, effect in zip(words, effects, strict=False)]
 
 
 def answer_all(models: list[Model], texts: Iterable, args: Namespace, headed: bool) -> None:
     """Print every model's answer to each text, under it if `headed`."""
     width, indent = max(len(model.name) for model in models), "  " * headed
     for chunk in texts:
-        for answers in zip(*(classify(model, chunk, args) for model in models), strict=True):
+        found = [model(chunk, args.unsure, args.explain) for model in models]
+        for answers in zip(*found, strict=True):
             if headed and not args.json:
                 print(visible(answers[0]["text"]))
             for model, answer in zip(models, answers, strict=True):
                 line = f"{indent}{model.name:{width}}  {in_words(answer, model)}"
+                answer["model"] = model.name
                 print(json.dumps(answer, allow_nan=False) if args.json else line)
         sys.stdout.flush()
 
@@ -236,7 +234,7 @@ def in_words(answer: dict, model: Model) -> str:
     """Label and probability, and the effect of each word below."""
     if answer["label"] is None:
         return "(blank)"
-    label, percent = visible(answer["label"]), f"{100 * surest(answer):.1f} %"
+    label, percent = visible(answer["label"]), f"{100 * answer['probability']:.1f} %"
     line = f"{label[:1].upper() + label[1:]:{max(map(len, model.label_names))}}  {percent}"
     if label == UNSURE and UNSURE not in model.label_names:
         likeliest = max(answer["probabilities"], key=answer["probabilities"].get)
@@ -245,8 +243,8 @@ def in_words(answer: dict, model: Model) -> str:
         line += f"  (cut to {model.max_length} tokens)"
     words, dull = [], os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     for word, effect in answer.get("words", []):
-        words.append(f"{visible(word, 40)} {100 * effect:+z.1f}")
-        if sys.stdout.isatty() and not dull and abs(effect) >= 0.01:
+        words.append(f"{visible(word, 40)} {effect:+z.1f}")
+        if sys.stdout.isatty() and not dull and round(effect, 1):
             words[-1] = f"\033[{32 if effect > 0 else 31}m{words[-1]}\033[0m"
     return f"{line}\n    {'  '.join(words)}" if words else line
 
@@ -264,33 +262,32 @@ def prompt(models: list[Model], args: Namespace) -> None:
     print(file=sys.stderr)  # the shell's own prompt starts a line
 
 
-def judge(models: list[Model], args: Namespace) -> None:
-    """Print how often each model is right on a table, and which is better."""
+def judge(models: list[Model], args: Namespace) -> str:
+    """How often each model is right on a table, and which is better."""
     import pandas
 
     table = read_file(args.file)
     columns = find_columns(args.file, table, choose_text(models, args, table), args.label_column)
     rows = read_rows(args.file, table, *columns)  # the index is the row in the file
     given = [translate_labels(model, rows["label"], args) for model in models]
-    texts, right = rows["text"], {}
+    texts, said, right = rows["text"], [], {}
     if args.output:
         with redirect_stderr(io.StringIO()):  # noted
             texts = read_rows(args.file, table, columns[0])["text"]
         texts = texts.reindex(table.index + 1, fill_value="")
-        answers = write_answers(models, args, (chunks(texts), table), given)
-    else:
-        answers = [[one for chunk in chunks(texts) for one in classify(m, chunk, args)] for m in models]
+    answers = write_answers(models, args, texts, table, given)
     for model, labels, found in zip(models, given, answers, strict=True):
         judged = pandas.DataFrame(found, texts.index).loc[rows.index].assign(given=labels)
-        print_judgement(model, judged, args)
+        said.append(judgement(model, judged, args))
         right[model.name] = judged["label"] == judged["given"]
     for one, other in combinations(right, 2):
         a, b = int((right[one] > right[other]).sum()), int((right[one] < right[other]).sum())
         p = sign_test(a, b)
         verdict = f"{one if a > b else other} is better" if p < 0.05 else "no clear winner"
         record = {"models": [one, other], "alone_right": [a, b], "p": p}
-        line = f"{one} alone right {a:,}, {other} alone right {b:,}: p = {p:.2g}, {verdict}"
-        print(json.dumps(record) if args.json else line)
+        line = f"right only: {one} {a:,} times, {other} {b:,}; chance {p:.2g}: {verdict}"
+        said.append(json.dumps(record) if args.json else line)
+    return "\n".join(said)
 
 
 def translate_labels(model: Model, labels, args: Namespace):
@@ -298,10 +295,8 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    split = SPLITS.get(re.split("[-.]", args.file.name.lower())[0])
-    folders = args.file.resolve().parents[:2] if split == "training" else ()
-    data = training_data(model)
-    if data.exists() and data.resolve() in (args.file.resolve(), *folders):
+    folders = args.file.resolve().parents[:2] if args.file.name.lower().startswith("train") else ()
+    if model.data.exists() and model.data.resolve() in (args.file.resolve(), *folders):
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))
@@ -322,8 +317,8 @@ def translate_labels(model: Model, labels, args: Namespace):
     return labels.map(lambda label: reading.get(label, label))
 
 
-def print_judgement(model: Model, judged, args: Namespace) -> None:
-    """Print mistakes, thresholds, labels and accuracy, or JSON."""
+def judgement(model: Model, judged, args: Namespace) -> str:
+    """Mistakes, thresholds, labels and accuracy, or JSON."""
     from pandas import crosstab, json_normalize
 
     names = [*dict.fromkeys([*model.label_names, *judged["given"]])]
@@ -331,16 +326,15 @@ def print_judgement(model: Model, judged, args: Namespace) -> None:
     counts = crosstab(judged["given"], judged["label"])
     confusion = torch.tensor(counts.reindex(names, columns=answers, fill_value=0).to_numpy())
     sure = judged[judged["label"].isin(names)]
-    errors = sure[sure["label"] != sure["given"]].fillna({"cut": False})
-    wrong = errors.rename_axis("row").reset_index().to_dict("records")
-    wrong.sort(key=surest, reverse=True)
+    errors = sure[sure["label"] != sure["given"]].fillna({"cut": False}).rename_axis("row")
+    errors = errors.sort_values("probability", ascending=False, kind="stable")
+    wrong = errors[:10].reset_index().to_dict("records")  # or the label is wrong
     best = judged["probabilities"].map(lambda p: max(p, key=p.get))
-    fate = (best == judged["given"]).map({True: "found", False: "missed"})
-    probability, tried = judged.apply(surest, axis=1), []
+    fate, tried = (best == judged["given"]).map({True: "found", False: "missed"}), []
     is_asked = args.unsure or len(model.label_names) == 2
     limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure} if is_asked else ()
     for limit in sorted(limits):
-        fates = crosstab(judged["given"], fate.where(probability >= limit / 100, UNSURE))
+        fates = crosstab(judged["given"], fate.where(judged["probability"] >= limit / 100, UNSURE))
         fates = fates.reindex(names, columns=["found", "missed", UNSURE], fill_value=0)
         right, missed, _ = map(int, fates.sum())
         tried.append({"unsure_below": limit, "answered": right + missed, "right": right})
@@ -349,22 +343,24 @@ def print_judgement(model: Model, judged, args: Namespace) -> None:
         found = {"model": model.name, "correct": 0, "total": 0, "unsure": len(judged) - len(sure)}
         found |= score(confusion) if len(sure) else {}
         found |= {"label_names": names, "confusion": confusion.tolist(), "thresholds": tried}
-        return print(json.dumps(found | {"surest_mistakes": wrong[:10]}))
-    told = f"{len(judged) - len(sure):,} unsure, {len(wrong):,} wrong, the surest (a header is row 1)"
-    print(f"{model.name}: {len(judged):,} sentences, {told}:")
-    for one in wrong[:10]:  # or the label is wrong
+        return json.dumps(found | {"surest_mistakes": wrong})
+    told = f"{len(judged) - len(sure):,} unsure, {len(errors):,} wrong, the surest (row 1: header)"
+    said = [f"{model.name}: {len(judged):,} sentences, {told}:"]
+    for one in wrong:
         label, given, text = (visible(one[key], 80) for key in ("label", "given", "text"))
-        print(f"  row {one['row']}, given {given}, answered {label} {100 * surest(one):.1f} % | {text}")
+        percent = f"{100 * one['probability']:.1f} %"
+        said.append(f"  row {one['row']}, given {given}, answered {label} {percent} | {text}")
     if tried:
         table = json_normalize(tried, sep=" ")
         table.insert(3, "right, %", (100 * table.right / table.answered).round(1))
         table = table.astype(object).T[: 4 if len(names) > 10 else None]
-        print(table.rename(visible).to_string(header=False, na_rep="-"))
+        said.append(table.rename(visible).to_string(header=False, na_rep="-"))
     if len(names) > 10 and wrong:
         pairs = errors[["given", "label"]].map(visible).value_counts()[:10]
-        print(pairs.rename_axis(["given", "answered"]).to_string())
+        said.append(pairs.rename_axis(["given", "answered"]).to_string())
     if len(sure):
-        print(report_labels(confusion, names) + ", of the answered" * (len(sure) < len(judged)))
+        said.append(report_labels(confusion, names) + ", of the answered" * (len(sure) < len(judged)))
+    return "\n".join(said)
 
 
 def sign_test(one: int, other: int) -> float:
@@ -374,107 +370,90 @@ def sign_test(one: int, other: int) -> float:
     return min(1.0, 2 * coins.log_prob(fewer).exp().sum().item())
 
 
-def write_answers(models: list[Model], args: Namespace, whole=None, given=()) -> list:
-    """Write every row with each model's answer; return those to judge."""
+def write_answers(models: list[Model], args: Namespace, texts=None, table=None, given=()) -> list:
+    """Each model's answers to --file or a pipe; --output gets the rows with them."""
     import pandas
 
-    texts, table = whole or read_texts(models, args)
-    kept = [[] for _ in given]
-    come_later = table is None and ending(args.output) != ".tsv"  # it refuses tabs
+    if texts is None:
+        parts, table = read_texts(models, args)
+        texts = [*chain(*parts)]
     if table is None:
-        texts = texts if come_later else list(texts)
-        table = pandas.DataFrame({"text": [] if come_later else chain(*texts)}, dtype=str)
+        table = pandas.DataFrame({"text": texts}, dtype=str)
+    answers = [[{"label": None, "probability": None}] * len(table) for _ in models]
 
-    def answer_pieces(texts: Iterable[list[str]]) -> Iterator:  # the first has no rows
-        start = 0
-        for chunk in chain([[]], texts):
-            piece = table[start : start + len(chunk)]
-            if come_later:
-                piece = pandas.DataFrame({"text": chunk}, dtype=str)
-            start += len(chunk)
-            for i, model in enumerate(models):
-                names = ["label", "probability", "agrees"][: 3 if given else 2]
-                if len(models) > 1:
-                    names = [f"{name} {model.name}" for name in names]
-                while table.columns.isin(names).any():
-                    names = [f"model_{name}" for name in names]
-                found = classify(model, chunk, args)
-                answers = [[one["label"], surest(one)] for one in found]
-                if given:
-                    kept[i] += found
-                    labels = given[i].reindex(piece.index + 1, fill_value="")
-                    for one, label in zip(answers, labels, strict=True):
-                        one.append(one[0] == label if label else None)
-                answers = pandas.DataFrame(answers, piece.index, names, dtype=object)
-                piece = pandas.concat([piece, answers], axis=1)
-            yield piece
+    def ask() -> None:
+        for found, model in zip(answers, models, strict=True):
+            found[:] = chain(*(model(chunk, args.unsure) for chunk in chunks(texts)))
+
+    def save(path: Path) -> None:
+        whole = table
+        for i, (model, found) in enumerate(zip(models, answers, strict=True)):
+            found = pandas.DataFrame(found, table.index, ["label", "probability"], dtype=object)
+            if given:
+                labels = given[i].reindex(table.index + 1).set_axis(table.index)
+                agrees = (found["label"] == labels).astype(object)
+                found["agrees"] = agrees.where(labels.notna(), None)
+            if len(models) > 1:
+                found = found.add_suffix(f" {model.name}")
+            while table.columns.isin(found.columns).any():
+                found = found.add_prefix("model_")
+            whole = pandas.concat([whole, found], axis=1)
+        with refusing(f"--output {args.output} cannot hold this", "name a .jsonl file"):
+            write_table(path, table, whole, args)
 
     def write(temporary: Path) -> None:
-        save = write_parquet if ending(args.output) == ".parquet" else write_text
-        blank = chunks([""] * len(table), True)  # a trial: no model is asked
-        save(temporary, table, answer_pieces(blank), args)
-        save(temporary, table, answer_pieces(texts), args)
+        save(temporary)  # a trial, still without answers
+        ask()
+        save(temporary)
         if args.output.exists():
             raise InputError(f"--output {args.output} exists by now; name a new file")
 
-    write_file(args.output, write)
-    print(f"saved {args.output}", file=sys.stderr if args.json else sys.stdout)
-    return [one[len(table) :] for one in kept]  # without the trial's
+    if args.output:
+        write_file(args.output, write)
+        print(f"saved {args.output}", file=sys.stderr if args.json else sys.stdout)
+    else:
+        ask()
+    return answers
 
 
-def write_text(path: Path, table, pieces: Iterator, args: Namespace) -> None:
-    """Write pieces of a table as CSV, TSV or JSON lines."""
+def write_table(path: Path, table, whole, args: Namespace) -> None:
+    """Write a table with its answers in the format of --output."""
     import pandas
-
-    suffix, source = ending(args.output), ending(args.file)
-    header, old = table.attrs.get("header", table.columns), len(table.columns)
-    separator = table.attrs.get("separator", ",") if source == ".csv" else ","
-    options = {"sep": separator, "index": False, "lineterminator": "\n"}
-    if suffix == ".tsv":  # as GLUE writes it: a quote character is text
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
-    with open(path, "w", encoding=encoding, newline="") as file:
-        for piece in pieces:
-            options["header"] = [*header, *piece.columns[old:]] if piece.empty else False
-            with refusing(f"--output {args.output} cannot hold these rows", "name another format"):
-                plain = {name: column.tolist() for name, column in piece.items()}
-                plain = pandas.DataFrame(plain, dtype=object)
-                if source not in (".json", ".jsonl"):
-                    plain = plain.where(plain.notna(), None)
-                text = json_lines(plain) if suffix == ".jsonl" else plain.to_csv(**options)
-                if "\r" in text and suffix == ".tsv":
-                    raise ValueError("carriage return")
-            if "\r" in text and suffix == ".csv":  # which csv would leave bare
-                text = plain.to_csv(**options, quoting=csv.QUOTE_ALL)
-            file.write(text)
-
-
-def json_lines(plain) -> str:
-    """The rows as JSON; what a row of a JSON file did not have is NA in its table."""
-    from pandas import NA
-
-    whole = (zip(plain, row, strict=True) for row in plain.itertuples(index=False, name=None))
-    rows = [{key: value for key, value in row if value is not NA} for row in whole]
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def write_parquet(path: Path, table, pieces: Iterator, args: Namespace) -> None:
-    """Write pieces of a table as Parquet, with the types and names of --file."""
     import pyarrow
     from pyarrow import parquet
 
-    with refusing(f"--output {args.output} cannot hold this table", "name a .jsonl file"):
+    suffix, source = args.output.suffix.lower(), str(args.file).lower().removesuffix(".gz")
+    if suffix == ".parquet":  # with the types and names of --file
         schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
-        if ending(args.file) == ".parquet":
+        if source.endswith(suffix):
             schema = parquet.read_schema(args.file)
         kinds = cycle(["string", "float64", "bool"][: 3 if args.label_column else 2])
-        for name, kind in zip(next(pieces).columns[len(schema) :], kinds, strict=False):
+        for name, kind in zip(whole.columns[len(schema) :], kinds, strict=False):
             schema = schema.append(pyarrow.field(name, kind))
-        writer = parquet.ParquetWriter(path, schema)
-    with writer:
-        for piece in pieces:
-            piece = piece.set_axis(schema.names, axis=1)  # with their spaces
-            writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
+        whole = whole.set_axis(schema.names, axis=1)  # with their spaces
+        whole = pyarrow.Table.from_pandas(whole, schema, preserve_index=False)
+        return parquet.write_table(whole.replace_schema_metadata(schema.metadata), path)
+    plain = {name: column.tolist() for name, column in whole.items()}
+    plain = pandas.DataFrame(plain, dtype=object)
+    if suffix != ".jsonl" or not source.endswith((".json", ".jsonl")):
+        plain = plain.where(plain.notna(), None)
+    rows = plain.itertuples(index=False, name=None)
+    encoding = "utf-8-sig" if suffix == ".csv" and table.attrs.get("mark") else "utf-8"
+    with open(path, "w", encoding=encoding, newline="") as file:
+        if suffix == ".jsonl":
+            for row in rows:  # NA: what a row of a JSON file lacks
+                cells = zip(plain, row, strict=True)
+                row = {name: cell for name, cell in cells if cell is not pandas.NA}
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            return
+        how = {"delimiter": table.attrs.get("separator", ",") if source.endswith(".csv") else ","}
+        if suffix == ".tsv":  # as GLUE writes it: a quote character is text
+            how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        # Its own line end is \r\n, so it quotes or refuses both characters
+        unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        header = table.attrs.get("header", table.columns)
+        header = [*header, *whole.columns[len(header) :]]
+        csv.writer(unix, **how).writerows(chain([header], rows))
 
 
 def serve(models: list[Model], args: Namespace) -> None:
@@ -483,45 +462,55 @@ def serve(models: list[Model], args: Namespace) -> None:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     with refusing("--web needs Gradio", "pip install -r tests/requirements-web.txt"):
         import gradio
-    args.explain = True
 
     def ask(text: str) -> list:
-        shown = []
-        for model in models:
-            (answer,) = classify(model, [text], args)
-            words = answer.pop("words", None)
-            shown += [in_words(answer, model), answer["probabilities"] or None, words]
-        return shown
+        return [as_html(model(text, args.unsure, explained=True)[0], model) for model in models]
 
-    def answer_file(name: str) -> str:
-        own = Namespace(**vars(args) | {"file": Path(name), "explain": False})
-        suffix = ending(own.file) if ending(own.file) in ENDINGS else ".csv"
+    def answer_file(name: str) -> list:
+        own, trained = Namespace(**vars(args) | {"file": Path(name)}), models[0].facts
+        suffix = next((one for one in ENDINGS if f"{one}." in f"{name.lower()}."), ".csv")
         own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
+        own.label_column, judged = trained.get("label_column"), ""
         try:
-            write_answers(models, own)
+            with suppress(InputError), redirect_stderr(io.StringIO()) as notes:  # no labels
+                judged = f"{judge(models, own)}\n{notes.getvalue()}"
+            if not own.output.exists():
+                own.label_column = None
+                write_answers(models, own)
         except InputError as error:
-            raise gradio.Error(str(error).replace(name, own.file.name), print_exception=False) from error
-        return str(own.output)
+            said = str(error).replace(name, own.file.name).replace(f"--output {own.output}", "a file")
+            said = re.sub("([Ss]ee|say) --.*", f"name its column {trained.get('text_column')!r}", said)
+            raise gradio.Error(said, print_exception=False) from error
+        rows = read_file(own.output)[:10].astype(str).iloc[:, ::-1]  # for a phone, answers first
+        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{escape(judged)}</pre>"]
 
     with gradio.Blocks(title="LoRA playground") as page, folder:
-        text, parts = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True), []
-        for model in models:
-            parts.append(gradio.Textbox(label=model.name))
-            parts.append(gradio.Label(label="probabilities", show_heading=False))
-            parts.append(gradio.HighlightedText(label="what is lost without a word", show_legend=True))
+        about = [f"<p>{escape(describe_model(model))}</p>" for model in models]
+        gradio.HTML(f"<h2>{escape(listed(models[0].label_names, 10))}?</h2>{''.join(about)}")
+        text = gradio.Textbox(label="A sentence", submit_btn=True, autofocus=True)
+        parts = [gradio.HTML() for _ in models]
         text.submit(ask, text, parts, concurrency_id="models")
-        with suppress(Exception), redirect_stdout(None), redirect_stderr(None):  # data is gone
-            data = training_data(models[0])
-            if data.is_file() or data.is_dir():
-                settings = models[0].facts["record"]["settings"] | {"folds": None}
-                settings |= {"data": str(data), "dataset": str(data)}
-                rows = load_tables(Namespace(**settings))[1]
-                shown = [[sentence] for sentence in rows["text"][:5]]
-                gradio.Examples(shown, text, parts, ask, run_on_click=True, label="From validation")
+        gradio.HTML("Beside a word: its part of the answer's log-odds; green for it, red against.")
         file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
-        file.upload(answer_file, file, gradio.File(label="With answers"), concurrency_id="models")
-        share = "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
-        page.launch(server_name="127.0.0.1", share=share, inbrowser=sys.stderr.isatty(), footer_links=[])
+        found = [gradio.File(label="With answers"), gradio.Dataframe(label="First rows"), gradio.HTML()]
+        file.upload(answer_file, file, found, concurrency_id="models")
+        share = args.share or "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
+        where = {"server_name": "127.0.0.1", "server_port": args.port, "share": share}
+        with refusing(f"--port {args.port} cannot be used", "name another"):
+            page.launch(**where, inbrowser=sys.stderr.isatty(), footer_links=[])
+
+
+def as_html(answer: dict, model: Model) -> str:
+    """The answer, the likeliest labels as bars, and the words in colour."""
+    said = escape(in_words({**answer, "words": []}, model))
+    shown = [f"<div>{escape(model.name)}</div><h3>{said}</h3>"]
+    for label, p in sorted(answer["probabilities"].items(), key=lambda one: -one[1])[:5]:
+        shown.append(f"<div><meter value={p}></meter> {escape(visible(label))} {100 * p:.1f} %</div>")
+    for word, effect in answer.get("words", []):
+        colour = f"rgb({'0 160 0' if effect > 0 else '220 0 0'} / {min(abs(effect) / 4, 0.8):.2f})"
+        word = f"{escape(visible(word, 40))} <small>{effect:+z.1f}</small>"
+        shown.append(f"<span style='background: {colour}; padding: 2px'>{word}</span>")
+    return "\n".join(shown)
 
 
 def write_glue(models: list[Model], args: Namespace) -> None:
@@ -529,35 +518,57 @@ def write_glue(models: list[Model], args: Namespace) -> None:
     (model,) = models
     if len(model.label_names) != 2:
         raise InputError(f"--glue: SST-2 has 2 labels, {model.path} has {len(model.label_names)}")
-    if not args.file:
-        use_cache_if_offline()
-        with refusing("the Hub's SST-2 cannot be read", "give index and sentence in --file"):
+    with refusing(f"{args.file or GLUE[0]} cannot be read", "give index and sentence in --file"):
+        if not args.file:
+            use_cache_if_offline()
             file = {"filename": "sst2/test-00000-of-00001.parquet", "revision": GLUE[2]}
             args.file = Path(hf_hub_download(GLUE[0], **file, repo_type="dataset"))
-    texts, table = read_texts(models, args)
-    numbers = None if table is None else table.get("index", table.get("idx"))
-    if numbers is None:
-        raise InputError(f"{args.file}: give a table with the columns index and sentence")
-    found = torch.cat([probabilities(model, chunk)[0] for chunk in texts])
-    rows = numbers.to_frame("index").assign(prediction=found.argmax(dim=1).tolist())
+        texts, table = read_texts(models, args)
+        numbers = table["index" if "index" in table else "idx"]
+    found = torch.cat([model.logits(chunk)[0] for chunk in texts]).argmax(dim=1)
+    rows = numbers.to_frame("index").assign(prediction=found.tolist())
     write_file(args.glue, lambda temporary: rows.to_csv(temporary, sep="\t", index=False))
     print(f"saved {len(rows):,} predictions as {args.glue}")
 
 
+def card(model: Model) -> str:
+    """What README.md says of an exported model."""
+    facts, record, labels = model.facts, model.facts["record"], listed(model.label_names)
+    name = Path(facts["base"]).name if Path(facts["base"]).exists() else facts["base"]
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# Which of {labels}?
+`pipeline("text-classification", FOLDER, truncation=True)` cuts a text at {model.max_length} tokens
+and gives it one of the labels {labels}.
+- Base model: {visible(name)}; merged: LoRA of rank {facts["r"]} and alpha {facts["alpha"]:g}
+- Training: {visible(model.data.name)}, {len(record["epochs"])} epochs, rate {record["settings"]["lr"]:g}
+- Validation: {model.accuracy}; temperature {record["temperature"]:.2f}
+- Versions: {listed([f"{key} {version}" for key, version in record["versions"].items()])}
+- Licence: yours to choose, if base model and data allow
+"""
+
+
 def export(models: list[Model], args: Namespace) -> None:
-    """Write the merged model for transformers, if it answers alike."""
+    """Write the merged model for transformers and a card, if it answers alike."""
     (merged,) = models
-    trained = load("", merged.path, args.base, merged=False)
-    merged.base.tokenizer.model_max_length = merged.max_length
+    tokenizer = merged.base.tokenizer
+    tokenizer.model_max_length = merged.max_length  # where truncation=True cuts
     texts = ["A warm, funny film.", "It never ends.", "so long " * merged.max_length]
-    expected = probabilities(trained, texts)[0].log()  # logits, but for a constant
+    expected, _ = load(merged.path, args.base, merged=False).logits(texts)
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
-        merged.base.tokenizer.save_pretrained(temporary)
+        if tokenizer.is_fast:  # so that other readers of tokenizer.json cut there, too
+            tokenizer.backend_tokenizer.enable_truncation(merged.max_length)
+        tokenizer.save_pretrained(temporary)
+        with suppress(LookupError):  # an old file knows less
+            (temporary / "README.md").write_text(card(merged), encoding="utf-8")
         pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
-        found, _ = probabilities(merged._replace(base=pipeline), texts)
-        off = (found.log() - expected).abs().max().item()
+        found, _ = replace(merged, base=pipeline).logits(texts)
+        off = (found - expected).abs().max().item()
         if not off <= 1e-3:  # NaN is not small
             raise InputError(f"--export: merging {merged.path} moves its logits by {off:.1e}; train again")
         print(f"the merged model's logits differ by at most {off:.1e}")
@@ -567,25 +578,30 @@ def export(models: list[Model], args: Namespace) -> None:
 
 
 JOBS = {  # what replaces printing the answers, and the other flags that go with it
-    "label_column": (judge, {"file", "text_column", "unsure", "json", "output"}),
-    "output": (write_answers, {"file", "text_column", "unsure"}),
+    "label_column": (judge, {"file", "text_column", "unsure", "json", "output", "precision"}),
+    "output": (write_answers, {"file", "text_column", "unsure", "precision"}),
     "glue": (write_glue, {"file", "text_column"}),
-    "web": (serve, {"text_column", "unsure", "explain"}),
+    "web": (serve, {"text_column", "unsure", "port", "share", "precision"}),
     "export": (export, set()),
+    None: (None, {"sentences", "file", "text_column", "unsure", "json", "explain", "precision"}),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     job = check_flags(args)
-    models = load_all(choose_models(args), args.base)
+    is_exact = not args.file or args.explain or job not in (None, "output")
+    precision = args.precision or ("fp32" if is_exact else "auto")
+    models = load_all(choose_models(args), args.base, precision)
     if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
         raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
     if sys.stdout.isatty() and not args.json:
         print(*map(describe_model, models), sep="\n")
     if args.explain and not (job or args.json):
-        note("after a word: points of probability lost without it")
-    if job:
+        note("after a word: what it adds to the log-odds of the answer; 0.7 doubles the odds")
+    if job == "label_column":
+        print(judge(models, args))
+    elif job:
         JOBS[job][0](models, args)
     elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
         prompt(models, args)
@@ -597,23 +613,28 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("sentences", nargs="*", metavar="SENTENCE", help="(default: standard input, or a prompt)")
-    help = "FILE.pt or a folder of lora_peft.py, or several (default: the newest)"
-    add("--model", type=Path, action="append", default=[], metavar="PATH", help=help)
-    add("--base", metavar="PATH", help="of the base model (default: where it lay in training)")
+    parser.usage, switch = "%(prog)s [options] [SENTENCE ...]", {"action": "store_true"}
+    add = parser.add_argument_group("ask").add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help="(standard input, or a prompt)")
+    add("--model", type=Path, action="append", default=[], metavar="PATH", help="(the newest)")
+    add("--base", metavar="PATH", help="of the base model (where it lay in training)")
+    add("--json", **switch, help="print one JSON object a line")
+    add("--explain", **switch, help="show what each word does")
+    add("--unsure", type=float, default=0.0, metavar="N", help='"unsure" below N percent (0: never)')
+    add("--precision", choices=["auto", "fp32", "bf16"], help="(auto for --file, else fp32)")
+    add = parser.add_argument_group("answer a table").add_argument
     add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
-    add("--text-column", help="of a table (default: as in training, or text, ...)")
-    add("--label-column", help="judge the models by this column of --file (default: off)")
-    help = f"write the rows or lines with their answers ({', '.join(ENDINGS)}; default: off)"
-    add("--output", type=Path, metavar="FILE", help=help)
-    help = 'answer "unsure" below this many percent (default: 0, never)'
-    add("--unsure", type=float, default=0.0, metavar="PERCENT", help=help)
-    add("--json", action="store_true", help="print one JSON object a line")
-    add("--explain", action="store_true", help="show what each word does")
-    add("--web", action="store_true", help="open a page on this machine")
-    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
+    add("--text-column", metavar="NAME", help="(as in training, or text, ...)")
+    add("--output", type=Path, metavar="FILE", help=f"rows and answers ({', '.join(ENDINGS)})")
+    add = parser.add_argument_group("judge").add_argument
+    add("--label-column", metavar="NAME", help="compare with this column of --file")
+    add = parser.add_argument_group("page").add_argument
+    add("--web", **switch, help="open a page on this machine")
+    add("--port", type=int, metavar="N", help="of the page (7860 or a later one)")
+    add("--share", **switch, help="by a public link, too")
+    add = parser.add_argument_group("export").add_argument
     add("--export", type=Path, metavar="FOLDER", help="write the merged model")
+    add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
     return parser
 
 
@@ -621,39 +642,29 @@ def check_flags(args: Namespace) -> str | None:
     """The job that the flags ask for."""
     given = {name for name, value in vars(args).items() if value not in (None, False, [], 0)}
     job = next((name for name in JOBS if name in given), None)
-    if job and (extra := sorted(given - JOBS[job][1] - {job, "model", "base"})):
-        flags = [f"--{name.replace('_', '-')}" for name in (job, *extra)]
-        raise InputError(f"{flags[0]} does not go with {listed(flags[1:])}; leave one out")
-    has_table = args.file and is_table(args.file)
-    if job == "label_column" and not (args.label_column and has_table):
+    if extra := sorted(given - JOBS[job][1] - {job, "model", "base"}):
+        first, *others = [f"--{name.replace('_', '-')}" for name in (job or "web", *extra)]
+        how = "does not go with" if job else "is missing for"
+        raise InputError(f"{first} {how} {listed(others)}; see --help")
+    if job == "label_column" and not (args.label_column and args.file and is_table(args.file)):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
     if args.unsure and not 1 < args.unsure <= 100:
         raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
-    if args.output:
-        if args.output.suffix.lower() not in ENDINGS:
-            raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
-        if not args.file and sys.stdin and sys.stdin.isatty():
-            raise InputError(f"--output {args.output}: nothing to answer; give a --file or a pipe")
-        with refusing(f"--output {args.output} cannot be made", "name a new file"):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.touch(exist_ok=False)
-            args.output.unlink()
-    for path in filter(None, (args.output, args.glue, args.export)):
-        hold(path)
-    is_submission = args.glue and args.glue.is_file() and args.glue.read_bytes().startswith(b"index\tpred")
-    if args.glue and args.glue.exists() and not is_submission:
-        raise InputError(f"--glue {args.glue} already exists; name a new file")
-    if args.export and args.export.exists() and (args.export.is_file() or any(args.export.iterdir())):
-        raise InputError(f"--export {args.export} already exists; name a new folder")
+    if args.output and args.output.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
+    for flag in ("output", "glue", "export"):
+        if path := getattr(args, flag):
+            hold(path)
+            with refusing(f"--{flag} {path} cannot be made", "name a new one"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(exist_ok=False)
+                path.unlink()
     return job
 
 
 def choose_models(args: Namespace) -> list[Path]:
     """The models to ask: those given, else the one trained last."""
-    paths = list(map(os.path.realpath, args.model))
-    if len(set(paths)) < len(paths):
-        raise InputError(f"--model {max(paths, key=paths.count)} is named twice; name each once")
-    found, folder = args.model, Path("model")
+    found, folder = [*{path.resolve(): path for path in args.model}.values()], Path("model")
     if not found:
         files = [*folder.glob("*.pt"), *folder.glob("[!.]*/lora_peft.json")]
         newest = sorted(filter(Path.is_file, files), key=os.path.getmtime)[-1:]

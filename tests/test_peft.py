@@ -14,7 +14,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from side_by_side import run_both
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import lora_peft
 from lora_peft import load_adapter
@@ -44,7 +44,8 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def adapter(tiny_base, tiny_data, tmp_path_factory) -> Path:
     """A trained adapter folder; a high rate moves lora_B far from zero."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    lora_peft.main(flags(tiny_base, tiny_data, "--lr", 0.05, "--epochs", 4, "--output", folder))
+    more = ["--lr", 0.05, "--epochs", 4, "--max-length", 60]
+    lora_peft.main(flags(tiny_base, tiny_data, *more, "--output", folder))
     return folder
 
 
@@ -98,6 +99,7 @@ def test_peft_alone_loads_the_folder_with_its_head(adapter, tiny_base) -> None:
     auto = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
     options = {"num_labels": 2, "dtype": torch.float32}
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, **options)
+    assert AutoTokenizer.from_pretrained(adapter).model_max_length == 60
     assert not torch.allclose(predict(plain, SENTENCES, 2), ours, atol=1e-2)
     for model in (auto, PeftModel.from_pretrained(plain, str(adapter))):
         assert torch.allclose(predict(model, SENTENCES, 2), ours, rtol=0, atol=1e-6)

@@ -19,8 +19,8 @@ MOST_LINES = {  # what is reached; the goals of lora_scratch.py are 1,250 lines,
     "playground.py": 680,
     "setup.sh": 90,
     "README.md": 200,
-    "tests/**/*.py": 7200,
-    "tests/*.py": 5600,  # the tests and conftest.py
+    "tests/**/*.py": 7500,
+    "tests/*.py": 5750,  # the tests and conftest.py
 }
 MOST_BYTES, MOST_DEFINITIONS = 75_000, 97  # of lora_scratch.py
 MEAN = {"lora_scratch.py": 63, "lora_peft.py": 60, "playground.py": 60}  # characters; the goal is 60

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PEFT, SCRATCH, ask, write
+from conftest import PEFT, SCRATCH, ask, ask_json, write
 
 import playground
 
@@ -71,11 +71,15 @@ def submit(page, text: str) -> None:
 
 def test_a_sentence_is_answered_as_on_the_command_line(page, here) -> None:
     submit(page, "I loved it")
-    for name in ("LoRA_scratch", "LoRA_peft"):
-        page.expect(page.get_by_label(name)).to_have_value(re.compile(r"Positive +\d+\.\d %"), **WAIT)
-    shown = page.get_by_label("LoRA_scratch").input_value().split()
-    assert shown == ask("--model", SCRATCH, "I loved it").split()[1:]
-    assert page.locator("body").inner_text().count("loved") >= 2  # among the words of each model
+    page.expect(page.get_by_role("heading", name="Positive")).to_have_count(3, **WAIT)
+    said = [line.split()[1:] for line in ask("--model", SCRATCH, "--model", PEFT, "I loved it").splitlines()]
+    headings = page.get_by_role("heading").all_inner_texts()
+    assert headings[0] == "negative, positive?" and [line.split() for line in headings[1:]] == said
+    green, red = (page.locator(f"span[style*='{colour} 0 / 0.']") for colour in ("0 160", "220 0"))
+    (words,) = (answer["words"] for answer in ask_json("--model", SCRATCH, "--explain", "I loved it"))
+    shown = green.or_(red).all_inner_texts()
+    assert shown[:3] == [f"{word} {effect:+z.1f}" for word, effect in words]
+    assert "accuracy 100.00 % (10/10), 95 % between 72 and 100" in page.locator("body").inner_text()
 
 
 def test_a_hostile_sentence_stays_text_and_nothing_comes_from_outside(page, address) -> None:
@@ -87,11 +91,12 @@ def test_a_hostile_sentence_stays_text_and_nothing_comes_from_outside(page, addr
     assert page.requests and not outside
 
 
-def test_an_example_is_a_click(page, tiny_data) -> None:
-    sentence = (tiny_data / "dev.tsv").read_text(encoding="utf-8").splitlines()[1].split("\t")[0]
-    page.get_by_text(sentence, exact=True).click()
-    page.expect(page.get_by_label("LoRA_peft")).to_have_value(re.compile(r"\d %"), **WAIT)
-    assert page.get_by_label("A sentence").input_value() == sentence
+def test_a_table_with_labels_is_judged_and_shown(page, tmp_path: Path) -> None:
+    table = write(tmp_path / "mine.csv", "text,label\nI loved it,positive\nI hated it,positive\n")
+    page.locator("input[type=file]").first.set_input_files(table)
+    page.expect(page.get_by_text("accuracy 50.00 % (1/2)").first).to_be_visible(**WAIT)
+    page.expect(page.get_by_text("agrees LoRA_peft").first).to_be_visible(**WAIT)
+    assert "row 3, given positive, answered negative" in page.locator("pre").inner_text()
 
 
 def test_a_dropped_file_comes_back_with_its_answers_or_a_message(page, tmp_path: Path) -> None:
@@ -105,5 +110,5 @@ def test_a_dropped_file_comes_back_with_its_answers_or_a_message(page, tmp_path:
     kept = [row[:3] for row in rows]
     assert kept == [["007", "I loved it, twice", "positive"], ["8", "I hated it", "negative"]]
     page.reload()
-    page.locator("input[type=file]").first.set_input_files(write(tmp_path / "bad.csv", "a,b\n1,2\n"))
-    page.get_by_text("--text-column").first.wait_for(**WAIT)
+    page.locator("input[type=file]").first.set_input_files(write(tmp_path / "bad.csv", "a,b,c\n1,2,3\n"))
+    page.get_by_text("name its column 'sentence'").first.wait_for(**WAIT)

@@ -105,8 +105,9 @@ def ask_playground(row: Row, folder: Path, args: argparse.Namespace) -> float:
         return model
 
     playground.load = load_and_note
+    question = ["--model", str(folder / "start.pt"), "--file", str(folder / "lines.txt")]
     for _ in range(2):
-        playground.main(["--model", str(folder / "start.pt"), "--file", str(folder / "lines.txt")])
+        playground.main([*question, "--precision", row.precision])
     return time.perf_counter() - loaded[-1]
 
 
