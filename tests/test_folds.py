@@ -139,15 +139,17 @@ def by_hand(cls: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> fl
 def test_the_contrastive_term_is_equation_2(sure, labels) -> None:
     torch.manual_seed(0)
     labels = torch.tensor(labels)
-    hidden, logits = torch.randn(len(labels), 4, 8), sure * F.one_hot(labels, 3).float()
-    output = type("Output", (), {"hidden_states": [None, hidden], "logits": logits})
+    read, last = torch.randn(2, len(labels), 4, 8)
+    logits = sure * F.one_hot(labels, 3).float()
+    output = type("Output", (), {"hidden_states": [None, read, last], "logits": logits})
     found = lora_scratch.contrast(output, labels)
-    assert float(found) == pytest.approx(by_hand(hidden[:, 0], logits, labels), rel=1e-5, abs=1e-5)
+    expected = sum(by_hand(one, logits, labels) for one in (last[:, 0], read.mean(dim=1)))
+    assert float(found) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert (float(found) == 0) == (sure == 0 or len({*labels.tolist()}) == len(labels))
 
 
 def test_one_sentence_of_a_kind_costs_no_gradient() -> None:
     hidden = torch.randn(3, 2, 8, requires_grad=True)
-    output = type("Output", (), {"hidden_states": [hidden], "logits": 5 * torch.eye(3)})
+    output = type("Output", (), {"hidden_states": [hidden, hidden], "logits": 5 * torch.eye(3)})
     lora_scratch.contrast(output, torch.tensor([0, 1, 2])).backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
