@@ -1029,14 +1029,14 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
     """
     own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
     layer = [m for m in own if getattr(m, "out_features", 0) == model.config.num_labels][-1]
-    temperature, labels = 1.0, torch.tensor([*labels])
+    tried, labels = [1.0], torch.tensor([*labels])
     if len(labels) >= 10 and layer.weight.requires_grad:
         tried = torch.logspace(0, 1, 101).tolist()
-        temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
+    temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
     for divided in (logits, *(parameter.data for parameter in layer.parameters())):
         divided /= temperature
-    seen = f"are made less sure, as {len(labels):,} unseen rows ask"
-    said = seen if temperature > 1 else "are not corrected and may be far too sure"
+    seen = f"are as sure as {len(labels):,} unseen rows allow"
+    said = seen if tried[1:] else "are not corrected and may be far too sure"
     print(f"{'temperature':12}{temperature:.2f}: percentages {said}")
     return temperature
 
