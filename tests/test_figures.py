@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 
 def test_full_fine_tuning_trains_the_base_and_is_written_whole(tiny_base, tiny_data, tmp_path) -> None:
-    more = ["--epochs", "10", "--lr", "0.003", "--output", tmp_path / "full"]
+    more = ["--epochs", "30", "--lr", "0.003", "--output", tmp_path / "full"]
     assert full_finetune.main(flags(tiny_base, tiny_data, *more)) is None
     record = measure.read_record(tmp_path / "full.json")
     parameters = record["parameters"]

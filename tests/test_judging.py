@@ -441,7 +441,7 @@ def test_unsure_is_the_answer_below_the_given_probability_everywhere(here, tmp_p
     assert [answer["label"] == "unsure" for answer in ask_json(*question, *texts)] == below
     assert ["Unsure" in line for line in ask(*question, *texts).splitlines()[1::2]] == below
     table = write_csv(tmp_path / "t.csv", [(text, "positive") for text in texts])
-    ask(*question, "--file", table, "--output", tmp_path / "a.csv")
+    ask(*question, "--file", table, "--output", tmp_path / "a.csv", "--precision", "fp32")
     assert [row[-2] == "unsure" for row in read_csv(tmp_path / "a.csv")[1:]] == below
     (found,) = judge(table, "--unsure", limit)
     assert found["unsure"] == sum(below) and found["total"] == len(texts) - sum(below)

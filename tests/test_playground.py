@@ -134,7 +134,8 @@ def test_the_model_trained_last_is_asked_and_a_terminal_says_which_it_is(here, t
         assert ask("I loved it").startswith(name)
         head, *answers = Child("I loved it", "I hated it", terminal=True).finish()[1].splitlines()
         model = newest if newest.suffix == ".pt" else newest.parent
-        assert all(part in head for part in (str(model), "tiny_sst2", "negative, positive", "2001-09-0"))
+        parts = (str(model), "tiny_sst2", "negative, positive", "2001-09-0")
+        assert all(part in head for part in parts), head
         assert "\n".join(answers) + "\n" == ask("I loved it", "I hated it")
     assert json.loads(Child("--json", "I loved it", terminal=True).finish()[1])["label"] == "positive"
 
