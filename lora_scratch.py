@@ -164,7 +164,7 @@ def train(
             with autocast(model):  # in the type of the frozen base
                 output = model(**inputs, output_hidden_states=True)
             loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
-            loss = weight * (loss + args.contrast * contrast(output, labels))  # SST-2: 0
+            loss = weight * (loss + args.contrast * contrast(output, inputs, labels))  # SST-2: 0
             scaler.scale(loss).backward()
             sum_over_processes(*(p.grad for p in parameters))  # under torchrun
             scaler.unscale_(optimizer)
@@ -580,7 +580,6 @@ def as_frame(table) -> DataFrame:
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
     frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
@@ -954,15 +953,16 @@ def sum_over_processes(*tensors: Tensor) -> Tensor:
 # --- Small tables -----------------------------
 
 
-def contrast(output, labels: Tensor) -> Tensor:
+def contrast(output, inputs: dict, labels: Tensor) -> Tensor:
     """How unlike sentences of one label look to the model: SupCon (arXiv:2004.11362, equation 2).
 
     The sum over sentences i of the mean, over the j of i's label, of -log (e^s_ij / Σ_k e^s_ik).
-    s: cosine similarity / 0.1, of [CLS] and of the mean of what the last layer reads; j, k are not i.
+    s: cosine similarity / 0.1, of [CLS] and of the sum of what the last layer reads; j, k are not i.
     It counts as the labels are learnt, wholly from half of chance's cross-entropy on.
     """
     *_, read, last = output.hidden_states
-    both = torch.stack([last[:, 0], read.mean(dim=1)]).float()  # (2, sentences, width)
+    words = inputs["attention_mask"][:, None].float() @ read.float()  # their sum
+    both = torch.stack([last[:, 0].float(), words[:, 0]])  # (2, sentences, width)
     unit = F.normalize(both, dim=2)
     itself = torch.eye(len(labels), device=labels.device)
     logs = F.log_softmax(10 * unit @ unit.mT - 1e9 * itself, dim=2)  # (2, sentences, sentences)
@@ -1368,12 +1368,12 @@ def speed_up(base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
     config, encoder = base.model.config, base.model.base_model
     if getattr(config, "chunk_size_feed_forward", 0):
         return base.model
-    if config.model_type in ("bert", "roberta", "electra", "mpnet"):
-        attention = encoder.encoder.layer[-1].attention
-        attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
     if config.model_type == "distilbert":
         norm = encoder.transformer.layer[-1].sa_layer_norm
         norm.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))
+    elif config.model_type in DEFAULT_TARGETS:
+        attention = encoder.encoder.layer[-1].attention
+        attention.register_forward_hook(lambda _, inputs, out: (out[0][:, :1], *out[1:]))
     return base.model
 
 

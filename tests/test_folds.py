@@ -140,10 +140,12 @@ def test_the_contrastive_term_is_equation_2(sure, labels) -> None:
     torch.manual_seed(0)
     labels = torch.tensor(labels)
     read, last = torch.randn(2, len(labels), 4, 8)
+    mask = torch.arange(4) <= torch.arange(len(labels))[:, None]  # the rest is padding
     logits = sure * F.one_hot(labels, 3).float()
     output = type("Output", (), {"hidden_states": [None, read, last], "logits": logits})
-    found = lora_scratch.contrast(output, labels)
-    expected = sum(by_hand(one, logits, labels) for one in (last[:, 0], read.mean(dim=1)))
+    found = lora_scratch.contrast(output, {"attention_mask": mask}, labels)
+    means = torch.stack([one[real].mean(dim=0) for one, real in zip(read, mask, strict=True)])
+    expected = sum(by_hand(one, logits, labels) for one in (last[:, 0], means))
     assert float(found) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert (float(found) == 0) == (sure == 0 or len({*labels.tolist()}) == len(labels))
 
@@ -151,5 +153,6 @@ def test_the_contrastive_term_is_equation_2(sure, labels) -> None:
 def test_one_sentence_of_a_kind_costs_no_gradient() -> None:
     hidden = torch.randn(3, 2, 8, requires_grad=True)
     output = type("Output", (), {"hidden_states": [hidden, hidden], "logits": 5 * torch.eye(3)})
-    lora_scratch.contrast(output, torch.tensor([0, 1, 2])).backward()
+    mask = {"attention_mask": torch.ones(3, 2)}
+    lora_scratch.contrast(output, mask, torch.tensor([0, 1, 2])).backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
