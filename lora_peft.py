@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
     base, state = fit(args, machine, about, train_rows, eval_rows)
     rows, logits = unseen or (eval_rows, predict(state.model, state.eval_set, 32))
-    state.record["temperature"] = calibrate(state.model, logits, rows["label"])
+    state.record |= calibrate(state.model, logits, rows["label"])
     save_adapter(args.output, base, state.facts | {"record": state.record})
     reloaded, _ = load_adapter(args.output)
     model = speed_up(reloaded, dtype).to(device)

@@ -102,18 +102,19 @@ def find_targets(model, head: list[str], targets: list[str] | None, layers=None)
     """
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [path for path in linear if f"{path}.weight" not in head]
+    names = sorted({path.split(".")[-1] for path in linear})
     lowest = model.config.num_hidden_layers - (layers or math.inf)
     number = re.compile(r"layers?\.(\d+)\.|$")  # or none
-    linear = [path for path in linear if int(number.search(path)[1] or -1) >= lowest]
+    linear = [path for path in linear if int(number.search(path)[1] or 0) >= lowest]
     if targets == ["all-linear"] and linear:
         return linear
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type, [])
-    names = sorted({path.split(".")[-1] for path in linear})
-    unknown = [target for target in targets if target not in names]
+    found = [path for path in linear if path.split(".")[-1] in targets]
+    unknown = sorted({*targets}.difference(path.split(".")[-1] for path in found))
     if unknown or not targets:
-        what = f"{unknown[0]!r} is no linear layer of the encoder" if unknown else "no default"
-        raise InputError(f"{model.config.model_type}: {what}; see --targets: {', '.join(names)}")
-    return [path for path in linear if path.split(".")[-1] in targets]
+        what = f"no linear layer {unknown[0]!r}" if unknown else "no default"
+        raise InputError(f"{model.config.model_type}: {what}; see --layers, --targets: {listed(names)}")
+    return found
 
 
 def inject_lora(
@@ -163,9 +164,9 @@ def train(
             optimizer.param_groups[0]["lr"] = args.lr * warmup_then_decay(step, total_steps, args.warmup)
             with autocast(model):  # in the type of the frozen base
                 output = model(**inputs, output_hidden_states=True)
-            loss = F.cross_entropy(output.logits.float(), labels, reduction="sum")
-            loss = weight * (loss + args.contrast * contrast(output, inputs, labels))  # SST-2: 0
-            scaler.scale(loss).backward()
+            loss = weight * F.cross_entropy(output.logits.float(), labels, reduction="sum")
+            alike = weight * args.contrast * contrast(output, inputs, labels)  # SST-2: 0
+            scaler.scale(loss + alike).backward()
             sum_over_processes(*(p.grad for p in parameters))  # under torchrun
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
@@ -207,16 +208,15 @@ def predict(model: nn.Module, sentences: Tokens, batch_size: int) -> Tensor:
 def make_batches(lengths: list[int], batch_size: int, shuffle_seed: int | None = None) -> list[list[int]]:
     """Turn sentence lengths into batches of indices with little padding.
 
-    With a seed: shuffle, sort by length in windows of 50 batches or of half a smaller table, shuffle
-    the batches. They compute 1.04 times the real tokens of SST-2, unsorted ones 2.6 times.
+    With a seed: shuffle, sort by length in windows of 50 batches (or half the table: epochs differ),
+    shuffle the batches. They compute 1.04 times the real tokens of SST-2, unsorted ones 2.6 times.
     Without one: longest first, so that a batch too large for the memory fails at once.
     """
     window, order = max(1, len(lengths)), range(len(lengths))
     if shuffle_seed is not None:
         generator = torch.Generator().manual_seed(shuffle_seed)
-        order, window = torch.randperm(len(lengths), generator=generator).tolist(), 50 * batch_size
-        if len(order) < window:  # else always the same batches
-            window = batch_size * max(1, len(order) // batch_size // 2)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        window = batch_size * min(50, max(1, len(lengths) // batch_size // 2))
     batches = []
     for start in range(0, len(order), window):
         by_length = sorted(order[start : start + window], key=lambda i: -lengths[i])
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
 
     base, state = fit(args, machine, about, train_rows, eval_rows)
     rows, logits = unseen or (eval_rows, predict(state.model, state.eval_set, 32))
-    state.record["temperature"] = calibrate(state.model, logits, rows["label"])
+    state.record |= calibrate(state.model, logits, rows["label"])
     tensors = tensors_to_save(state.model.state_dict(), base.head)
     save_checkpoint(args.output, tensors, state.facts | {"record": state.record}, base.tokenizer)
     reloaded, _ = load_checkpoint(args.output)  # what is judged is the file
@@ -305,7 +305,7 @@ def load_base(name: str, revision: str | None, label_names: list[str], max_lengt
         reads = tokenizer(ODD)["input_ids"] != tokenizer("")["input_ids"]
         is_encoder = not config.is_encoder_decoder and 0 < config.num_hidden_layers <= 200
         if not (is_encoder and pads_right and reads):
-            raise ValueError("no encoder of 1 to 200 layers that reads and pads at the right")
+            raise ValueError("no encoder of 1 to 200 layers that reads and pads right")
         options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model, report = load(folder, trust_remote_code=False, **options, output_loading_info=True)
@@ -444,7 +444,7 @@ def load_tables(args: Namespace) -> tuple[DataFrame, DataFrame, dict]:
         is_held = train["text"].isin(draw_texts(train[is_sure], args.seed, every=10))
         train, held = train[~is_held], train[is_held]
         if held.empty:
-            raise InputError(f"{where}: too few texts; give a validation split")
+            raise InputError(f"{where}: too few texts; give a dev split")
         print(f"{visible(where)}: {len(held):,} rows, drawn by --seed, are held out")
     return train.sort_index(), held.sort_index(), about
 
@@ -580,6 +580,7 @@ def as_frame(table) -> DataFrame:
 
     frame = table.to_pandas(types_mapper=pandas.ArrowDtype, ignore_metadata=True)
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    json.dumps(about, ensure_ascii=False).encode()
     kinds = about.get("info", {}).get("features", {}).items()
     frame.attrs["class_names"] = {n.strip(): [*map(str, k["names"])] for n, k in kinds if "names" in k}
     return frame
@@ -624,8 +625,7 @@ def read_rows(where: str, table: DataFrame, text: str, label: str | None = None)
     """Text and label of the rows, as text; a header is row 1."""
     columns = [text, label or text]
     if missing := [name for name in columns if name not in table]:
-        what = f"no column {missing[0]!r} but {listed([*table])}"
-        raise InputError(f"{where}: {what}; see --text-column and --label-column")
+        raise InputError(f"{where}: no column {missing[0]!r}; name one of {listed([*table])}")
     rows, lists = table[columns].astype(object), (list, numpy.ndarray)
     rows.columns, rows.index = ["text", "label"], rows.index + 1
     rows = rows.map(lambda v: v[0] if isinstance(v, lists) and len(v) == 1 else v)
@@ -684,7 +684,7 @@ def number_labels(args: Namespace, columns, train, held) -> dict:
 
 # --- Checkpoints ------------------------------
 
-FORMAT = 1  # of every file; a reader refuses another number
+FORMAT = 1  # of what was trained; a reader refuses another number
 LORA_FACTS = ("targets", "r", "alpha", "dropout", "use_rslora", "layers")
 
 
@@ -811,7 +811,7 @@ class TrainingState:
         config = model.config.to_diff_dict() | {"transformers_version": ""}
         known = vars(args) | facts | {"precision": record["precision"], "base_config": config}
         keys = [*sorted(NUMBERS.keys() - self.MAY_DIFFER), *self.MUST_MATCH.split()]
-        self.settings = {key: str(known.get(key)) for key in keys}
+        self.settings = {"version": "2"} | {key: str(known.get(key)) for key in keys}
         for kind, part in (("training", train_set), ("validation", eval_set)):
             numbers = numpy.concatenate([*part.ids, part.lengths, part.labels])
             self.settings[f"{kind} data"] = sha256(numbers).hexdigest()
@@ -828,6 +828,8 @@ class TrainingState:
         self.given = torch.zeros(len(self.eval_set))  # of the given labels, summed
         self.tensors = {"trained": trained, "losses": self.losses, "given": self.given}
         self.tensors["optimizer"] = {"state": optimizer.state_dict()["state"]}
+        if self.model.device.type == "cpu":  # quicker with dropout
+            self.model.set_attn_implementation("eager")
         self.generators = [torch, torch.cuda][: 1 + torch.cuda.is_initialized()]
         if self.args.resume and self.path.exists():
             self.load()
@@ -838,11 +840,11 @@ class TrainingState:
         return self.done
 
     def load(self) -> None:
-        """Put everything back; InputError for a file that is no state of this run."""
+        """Put everything back; InputError for what is no state of this run."""
         with refusing(f"{self.path}: no state of this run", "use the same, or leave --resume out"):
             state = read_tensors(self.path)
             for key, now in self.settings.items():
-                if (then := state["settings"][key]) != now:
+                if (then := state["settings"].get(key, 1)) != now:
                     raise ValueError(f"{key} was {then!s:.60}, is now {now:.60}")
             self.record["epochs"] = [*json.loads(state["epochs"])]
             self.done, total = int(state["done"]), len(self.losses)
@@ -858,7 +860,7 @@ class TrainingState:
         """Write the state after `done` steps, if all is finite."""
         self.check_finite(done)
         self.done = done
-        state = {"format": FORMAT, "settings": self.settings, "done": done, **self.tensors}
+        state = {"settings": self.settings, "done": done, **self.tensors}
         state |= {"data": self.record["data"], "epochs": json.dumps(self.record["epochs"])}
         generators = [generator.get_rng_state() for generator in self.generators]
         state |= {"scaler": self.scaler.state_dict(), "generators": generators}
@@ -866,7 +868,7 @@ class TrainingState:
             write_file(self.path, lambda temporary: torch.save(state, temporary))
 
     def check_finite(self, done: int) -> None:
-        """Raise InputError where a loss so far or a weight now is not finite."""
+        """InputError where a loss or a weight is not finite."""
         tensors = [self.losses[:done], *self.tensors["trained"].values()]
         if not all(tensor.sum().isfinite() for tensor in tensors):
             raise InputError(f"step {done}: not finite; lower --lr {self.args.lr:g}")
@@ -906,7 +908,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Finish the step on Ctrl-C, SIGTERM or SIGHUP; a second of a kind ends at once."""
+        """Finish the step on Ctrl-C, SIGTERM, SIGHUP; a second one ends at once."""
 
         def remember(number: int, _: object) -> None:
             self.stopped = number
@@ -988,8 +990,7 @@ def cross_validate(fit: Callable, args: Namespace, machine, about: dict, rows) -
         result = {"rows": int(sum(~held))} | score(count_answers(found, state.eval_set.labels))
         rows.loc[held, "percent"] = (100 - 100 * state.given / len(state.record["epochs"])).numpy()
         rows.attrs["parts"].append(result)
-        done = f"training {number + 1} of {args.folds + 2}"
-        print(f"{done}, {result['rows']:,} rows: {result['text']}", flush=True)
+        print(f"training {number + 1}/{args.folds + 2}, {result['rows']} rows: {result['text']}", flush=True)
     return rows, logits
 
 
@@ -1022,7 +1023,7 @@ def describe(args: Namespace, named: dict[str, Tensor], head: list[str], wrapped
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
+def calibrate(model: nn.Module, logits: Tensor, labels) -> dict:
     """Make the model as sure as it is right: divide its logits by the likeliest temperature.
 
     See arXiv:1706.04599; the head's last layer takes it, too. A frozen head keeps 1.
@@ -1038,7 +1039,7 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> float:
     seen = f"are as sure as {len(labels):,} unseen rows allow"
     said = seen if tried[1:] else "are not corrected and may be far too sure"
     print(f"{'temperature':12}{temperature:.2f}: percentages {said}")
-    return temperature
+    return {"temperature": temperature, "unseen": score(count_answers(logits, labels))}
 
 
 def count_answers(logits: Tensor, labels: Tensor) -> Tensor:
@@ -1104,7 +1105,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
         for number in range(args.folds + 1):
             Path(f"{args.output}.part{number}.state").unlink(missing_ok=True)
     elif len(rows) < 100:
-        note(f"{len(rows)} rows say little: --folds 5 judges more, in six trainings")
+        note(f"{len(rows)} rows say little: --folds 5 judges all, by six trainings")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
 
@@ -1116,7 +1117,7 @@ def beside(output: Path, ending: str) -> Path:
 
 # --- Flags and the machine --------------------
 
-GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # its revision last
+GLUE = ("nyu-mll/glue", "sst2", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")  # revision last
 DISTILBERT = ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be")
 LOCAL = {"model": "model/distilbert-base-uncased", "dataset": "dataset/glue_sst2_local"}
 DEMO = {"model": "model/minilm-l6-distilbert", "dataset": "dataset/demo"}
@@ -1126,7 +1127,7 @@ RECIPES = {  # of flags that are not given: see tests/figures/results/README.md
     "best": {"lr": 1e-3, "batch_size": 32, "epochs": 2, "targets": ["all-linear"]},
 }
 NUMBERS = {  # flags: type, default, least, most, help
-    "train_samples": (int, None, 1, 10**8, "so many random rows"),
+    "train_samples": (int, None, 1, 10**8, "random rows"),
     "max_length": (int, 128, 3, 10**6, "tokens; longer text is cut"),
     "r": (int, 8, 1, 65_536, "rank of the update"),
     "alpha": (float, 16.0, 0, 1e6, "scaling = alpha / r"),
@@ -1274,8 +1275,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """Device and type to compute in; sets threads, joins torchrun."""
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     if not has_gpu and (args.device == "cuda" or args.precision == "fp16"):
-        asked = f"--device {args.device} --precision {args.precision}"
-        raise InputError(f"{asked} needs a CUDA GPU; use --device cpu --precision fp32")
+        raise InputError(f"--device {args.device} --precision {args.precision}: no GPU; see --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
     if dist.is_torchelastic_launched():
@@ -1287,7 +1287,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     else:
         able = map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16", "bf16"))
         quick = torch.bfloat16 if any(able) else torch.float32
-    return torch.device("cuda" if has_gpu else "cpu"), TYPES.get(args.precision, quick)
+    return torch.device("cuda" if has_gpu else "cpu"), (TYPES | {"auto": quick})[args.precision]
 
 
 # --- Mistakes ---------------------------------
@@ -1311,7 +1311,7 @@ def refusing(what: object, remedy: str) -> Iterator[None]:
 
 
 def visible(value: object, width: int = 200) -> str:
-    """Text for one line of a terminal, harmless to cursor and order."""
+    """Text for one line of a terminal, harmless to it."""
     text = str(value) if len(str(value)) <= width else f"{str(value)[: width - 1]}…"
     harmless = "\xa0\xad\u200c\u200d\u202f\u3000"  # spaces and joiners
     return "".join(c if c.isprintable() or c in harmless else "\ufffd" for c in text)

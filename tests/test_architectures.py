@@ -87,7 +87,8 @@ def test_adapters_in_the_upper_layer_alone(name, tiny_base, tmp_path) -> None:
     folder = tiny_base if is_first else with_tokenizer(tmp_path / "base", tiny_base, encoder(name))
     base = load_base(str(folder), None, ["0", "1"], 100)
     targets = [] if is_first else ARCHITECTURES[name][2][1:]
-    whole = find_targets(base.model, base.head, targets)
+    whole, every = find_targets(base.model, base.head, targets), ["all-linear"]
+    assert find_targets(base.model, base.head, every, 2) == find_targets(base.model, base.head, every)
     if name == "funnel":  # has blocks
         refused(lambda: inject_lora(base.model, base.head, targets, layers=1), "--targets")
         return
@@ -106,7 +107,7 @@ def calibrated(model: nn.Module) -> float:
     tokens = as_tokens([[2, 5 + i, 9, 3] for i in range(20)])
     before = predict(model, tokens, 4)
     tokens.labels = before.argmin(dim=1)
-    temperature = calibrate(model, before.clone(), tokens.labels)
+    temperature = calibrate(model, before.clone(), tokens.labels)["temperature"]
     assert torch.allclose(predict(model, tokens, 4) * temperature, before, atol=1e-5)
     return temperature
 
@@ -135,5 +136,5 @@ def test_the_temperature_never_goes_into_an_adapter(tiny_base, tiny_data, tmp_pa
     base = with_tokenizer(tmp_path / "base", tiny_base, encoder("xlm-roberta"))
     more = ["--r", 2, "--lr", 0.05, "--max-length", 100, *QUERY, "--output", tmp_path / "a"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_peft, "calibrate", lambda model, *_: calibrated(model))
+        patch.setattr(lora_peft, "calibrate", lambda model, *_: {"temperature": calibrated(model)})
         lora_peft.main(flags(base, tiny_data, *more, "--max-steps", 2))

@@ -312,7 +312,7 @@ def test_the_temperature_is_the_likeliest_and_divides_the_logits(tiny_base) -> N
         for parameter in model.classifier.parameters():  # and far too sure
             parameter *= 5 / (logits[:, 0] - logits[:, 1]).abs().mean()
     logits = predict(model, tokens, 8)
-    temperature = calibrate(model, logits.clone(), tokens.labels)
+    temperature = calibrate(model, logits.clone(), tokens.labels)["temperature"]
     assert 1.1 < temperature < 9.9
     losses = {t: F.cross_entropy(logits / (temperature * t), tokens.labels) for t in (0.9, 1, 1.1)}
     assert min(losses, key=losses.get) == 1
@@ -324,7 +324,7 @@ def test_too_few_sentences_or_a_frozen_head_leave_the_logits_alone(tiny_base, ro
     model = make_base(tiny_base).model.requires_grad_(not frozen)
     tokens = lora_scratch.Tokens(SENTENCES.ids[:1] * rows, torch.arange(rows) % 2)
     before = predict(model, tokens, 8)
-    assert calibrate(model, before.clone(), tokens.labels) == 1.0
+    assert calibrate(model, before.clone(), tokens.labels)["temperature"] == 1.0
     assert torch.equal(predict(model, tokens, 8), before)
 
 

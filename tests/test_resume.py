@@ -117,7 +117,9 @@ def test_other_settings_are_refused_by_name(flag, stopped, tmp_path) -> None:
     assert not (tmp_path / "a.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["training data", "validation data", "fingerprint", "base_config"])
+@pytest.mark.parametrize(
+    "kind", ["training data", "validation data", "fingerprint", "base_config", "version"]
+)
 def test_other_data_or_another_base_is_refused(kind, stopped, tiny_base, tiny_data, tmp_path) -> None:
     shutil.copy(f"{stopped[-1]}.state", tmp_path / "a.pt.state")
     base, data = (shutil.copytree(path, tmp_path / path.name) for path in (tiny_base, tiny_data))
@@ -125,6 +127,10 @@ def test_other_data_or_another_base_is_refused(kind, stopped, tiny_base, tiny_da
         weights = load_file(base / "model.safetensors")
         weights["embeddings.LayerNorm.bias"] += 1e-3
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    elif kind == "version":  # before it was written down
+        state = torch.load(tmp_path / "a.pt.state")
+        del state["settings"]["version"]
+        torch.save(state, tmp_path / "a.pt.state")
     elif kind == "base_config":  # with the same weights and answers
         config = (base / "config.json").read_text("utf-8")
         (base / "config.json").write_text(config.replace('"dropout": 0.1', '"dropout": 0.2'), "utf-8")
@@ -139,10 +145,11 @@ def test_no_state_is_the_start_and_a_finished_run_stays(tiny_base, tiny_data, tm
     arguments = flags(tiny_base, tiny_data, "--max-steps", 4, "--output", tmp_path / "a.pt", "--resume")
     lora_scratch.main(arguments)
     assert "resumed" not in capsys.readouterr().out
-    before = (tmp_path / "a.pt").read_bytes()
+    before = shutil.copy(tmp_path / "a.pt", tmp_path / "before.pt")
     lora_scratch.main(arguments)
     assert "resumed after step 4" in capsys.readouterr().out
-    assert (tmp_path / "a.pt").read_bytes() == before
+    assert same_bits(before, tmp_path / "a.pt")
+    assert torch.load(before)["record"] == torch.load(tmp_path / "a.pt")["record"]
 
 
 @pytest.mark.parametrize("what", ["loss", "weight"])
