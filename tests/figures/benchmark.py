@@ -62,9 +62,6 @@ class Row(NamedTuple):
         return "-".join(str(part) for part in (self.kind, self.precision, self.batch) if part)
 
 
-# --- What is no script: each returns its seconds --------------------------------------------------
-
-
 def second_time(work: Callable[[], object]) -> float:
     work()
     start = time.perf_counter()
@@ -170,9 +167,6 @@ def run_one(text: str) -> None:
     print(json.dumps(result))
 
 
-# --- The rounds -----------------------------------------------------------------------------------
-
-
 def run_once(row: Row, folder: Path, args: argparse.Namespace) -> dict:
     """Seconds and peak memory of one process."""
     if row.kind in SCRIPTS:
@@ -207,9 +201,6 @@ def choose_rows(args: argparse.Namespace, auto: str) -> list[Row]:
     if unknown:
         sys.exit(f"--only {' '.join(unknown)}: choose among {', '.join(row.name for row in rows)}")
     return [row for row in rows if not args.only or {row.kind, row.name} & set(args.only)]
-
-
-# --- The report -----------------------------------------------------------------------------------
 
 
 def summarise(runs: dict[Row, list[dict]], auto: str, operations: float) -> list[dict]:
@@ -268,10 +259,8 @@ def table(record: dict) -> str:
 def main() -> None:
     parser = measure.make_parser(__doc__, "benchmark.json")
     add = parser.add_argument
-    default = measure.ROOT / "dataset" / "demo"
-    add("--dataset", type=Path, default=default, help="folder of train.tsv (default: the demo's)")
-    default = "model/minilm-l6-distilbert"
-    add("--tokenizer", default=default, help="a folder with a tokenizer (default: %(default)s)")
+    add("--dataset", type=Path, default=measure.ROOT / "dataset/demo", help="a folder (default: the demo's)")
+    add("--tokenizer", default="model/minilm-l6-distilbert", help="its folder (default: %(default)s)")
     add("--phrases", type=int, default=800, help="of a training round (default: %(default)s)")
     add("--lines", type=int, default=1000, help="of an answering round (default: %(default)s)")
     add("--rounds", type=int, default=3, help="(default: %(default)s)")

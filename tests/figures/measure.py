@@ -25,9 +25,6 @@ SEEDS = [42, 43, 44]
 SST2_PHRASES = 67_349  # to train on; 872 sentences to validate
 
 
-# --- Flags and records ------------------------------------------------------------------------
-
-
 def make_parser(description: str, record: str | None = None) -> argparse.ArgumentParser:
     """A parser whose help is the program's docstring, with --output where the program keeps a record."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -73,9 +70,6 @@ def cpu_name() -> str:
     found = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name} ({get_cpu_capability()})"
-
-
-# --- Processes --------------------------------------------------------------------------------
 
 
 class Process(NamedTuple):
@@ -134,9 +128,6 @@ def take_turns(
             running.result()
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure no other one begins
-
-
-# --- Numbers and tables -----------------------------------------------------------------------
 
 
 def spread(values: list[float], digits: int = 2) -> str:

@@ -22,24 +22,13 @@ from datasets import Dataset
 
 LORA = {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+USUAL = {"learning_rate": 2e-4, "per_device_train_batch_size": 16}  # of LoRA's paper, on q and v
+BEST = {"learning_rate": 1e-3, "per_device_train_batch_size": 32, "weight_decay": 0.01}
+BEST |= {"warmup_steps": 0.06, "optim": "adamw_torch_fused"}  # as lora_scratch.py --recipe best
+LINEAR = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 RECIPES = {  # what LoRA is put on, and the settings
-    "usual": (  # what is usual with the Trainer, and the published settings of LoRA
-        {"target_modules": ["q_lin", "v_lin"]},
-        {"learning_rate": 2e-4, "per_device_train_batch_size": 16},
-    ),
-    "best": (  # as lora_scratch.py --recipe best
-        {
-            "target_modules": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-            "modules_to_save": ["pre_classifier", "classifier"],
-        },
-        {
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 32,
-            "weight_decay": 0.01,
-            "warmup_steps": 0.06,
-            "optim": "adamw_torch_fused",
-        },
-    ),
+    "usual": ({"target_modules": ["q_lin", "v_lin"]}, USUAL),
+    "best": ({"target_modules": LINEAR, "modules_to_save": ["pre_classifier", "classifier"]}, BEST),
 }
 
 
@@ -76,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-steps", type=int, default=-1, help="instead of epochs")
     add("--grouped", action="store_true", help="batches grouped by length")
     add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     add("--threads", type=int, help="(default: PyTorch's choice)")
     add("--seed", type=int, default=42, help="(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -94,30 +84,19 @@ def main(argv: list[str] | None = None) -> None:
     columns = encode(texts) | {"labels": [names.index(label) for label in labels]}
     questions, given = read_table(args.dataset, "dev.tsv", "validation.csv")
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        args.model, dtype=torch.float32, num_labels=len(names)
-    )
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = load(args.model, dtype=torch.float32, num_labels=len(names))
     layers, recipe = RECIPES[args.recipe]
-    settings = transformers.TrainingArguments(
-        output_dir=str(args.output),
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
-        train_sampling_strategy="group_by_length" if args.grouped else "random",
-        bf16=args.bf16,
-        seed=args.seed,
-        use_cpu=True,
-        **QUIET,
-        **recipe,
-    )
+    settings = QUIET | recipe | {"seed": args.seed, "bf16": args.bf16, "use_cpu": args.device == "cpu"}
+    settings |= {"num_train_epochs": args.epochs, "max_steps": args.max_steps}
+    settings["train_sampling_strategy"] = "group_by_length" if args.grouped else "random"
+    settings["logging_nan_inf_filter"] = False  # it would wait for a GPU at every step
     clock = Clock()
-    trainer = transformers.Trainer(
-        model=peft.get_peft_model(model, peft.LoraConfig(**LORA, **layers)),
-        args=settings,
-        train_dataset=Dataset.from_dict(columns),
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
+    data = {"train_dataset": Dataset.from_dict(columns), "processing_class": tokenizer, "callbacks": [clock]}
+    data["data_collator"] = transformers.DataCollatorWithPadding(tokenizer)
+    model = peft.get_peft_model(model, peft.LoraConfig(**LORA, **layers))
+    settings = transformers.TrainingArguments(str(args.output), **settings)
+    trainer = transformers.Trainer(model, settings, **data)
     trainer.train()
     trainer.model.save_pretrained(args.output)
 
