@@ -118,7 +118,8 @@ class Model:
         logits, encoded = self.logits([text, *masked])
         while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
             words.pop()  # unchanged without it: it was cut off
-        odds = logits.double().softmax(dim=1)[:, logits[0].argmax()].logit(eps=1e-12)
+        logits, best = logits.double(), logits[0].argmax()
+        odds = logits[:, best] - logits.index_fill(1, best, -torch.inf).logsumexp(dim=1)
         effects = (odds[0] - odds[1:]).tolist()
         return [(word[0], round(effect, 4)) for word, effect in zip(words, effects, strict=False)]
 
@@ -533,18 +534,18 @@ def write_glue(models: list[Model], args: Namespace) -> None:
 
 def card(model: Model) -> str:
     """What README.md says of an exported model."""
-    facts, record, labels = model.facts, model.facts["record"], listed(model.label_names)
+    facts, record = model.facts, model.facts["record"]
     name = Path(facts["base"]).name if Path(facts["base"]).exists() else facts["base"]
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-classification
 ---
-# Which of {labels}?
-`pipeline("text-classification", FOLDER, truncation=True)` cuts a text at {model.max_length} tokens
-and gives it one of the labels {labels}.
+# Which of these labels?
+    {listed(model.label_names)}
+Ask `pipeline("text-classification", FOLDER, truncation=True)`; it reads {model.max_length} tokens.
 - Base model: {visible(name)}; merged: LoRA of rank {facts["r"]} and alpha {facts["alpha"]:g}
-- Training: {visible(model.data.name)}, {len(record["epochs"])} epochs, rate {record["settings"]["lr"]:g}
+- Training: {visible(model.data.name)}, epochs: {len(record["epochs"])}, rate {record["settings"]["lr"]:g}
 - Validation: {model.accuracy}; temperature {record["temperature"]:.2f}
 - Versions: {listed([f"{key} {version}" for key, version in record["versions"].items()])}
 - Licence: yours to choose, if base model and data allow
@@ -561,14 +562,13 @@ def export(models: list[Model], args: Namespace) -> None:
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
-        if tokenizer.is_fast:  # so that other readers of tokenizer.json cut there, too
+        if tokenizer.is_fast:  # for other readers of its file, too
             tokenizer.backend_tokenizer.enable_truncation(merged.max_length)
         tokenizer.save_pretrained(temporary)
         with suppress(LookupError):  # an old file knows less
             (temporary / "README.md").write_text(card(merged), encoding="utf-8")
         pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
-        found, _ = replace(merged, base=pipeline).logits(texts)
-        off = (found - expected).abs().max().item()
+        off = (replace(merged, base=pipeline).logits(texts)[0] - expected).abs().max().item()
         if not off <= 1e-3:  # NaN is not small
             raise InputError(f"--export: merging {merged.path} moves its logits by {off:.1e}; train again")
         print(f"the merged model's logits differ by at most {off:.1e}")

@@ -416,6 +416,10 @@ def test_explain_gives_the_largest_effect_to_the_word_that_decides(here, capsys)
     assert lines[1].split()[4:6] == ["the", f"{words['the']:+z.1f}"] and "\x1b" not in lines[1]
     assert len(capsys.readouterr().err.splitlines()) == 1  # what the numbers are
     assert ask_json("--model", SCRATCH, "--explain", " ")[0]["label"] is None and not capsys.readouterr().err
+    model = playground.load(SCRATCH)
+    model.base.model.classifier.weight.data *= 100  # surer than a probability in 64 bits can be
+    sure = dict(model(text, explained=True)[0]["words"])
+    assert sure == pytest.approx({word: 100 * effect for word, effect in words.items()}, abs=0.01)
     for text, read in (("great " * 5000, 126), ("great, " * 100, 63)):  # a comma is a token, too
         assert len(ask_json("--model", SCRATCH, "--explain", text)[0]["words"]) == read
 
@@ -500,7 +504,7 @@ def test_export_runs_in_a_pipeline_without_this_project(here, tmp_path) -> None:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         assert tokenizer["truncation"]["max_length"] == 128  # for readers other than a pipeline
         said = (folder / "README.md").read_text(encoding="utf-8")
-        known = "negative, positive", "tiny_base", "tiny_sst2", "rate 0.01", "10/10", "72 and 100"
+        known = "\n    negative, positive\n", "tiny_base", "tiny_sst2", "epochs: 20, rate 0.01", "(10/10), 95"
         assert all(fact in said for fact in known) and str(tmp_path.parent) not in said
     os.umask(former)
     code = """if True:
