@@ -45,7 +45,7 @@ UNSURE = "unsure"  # the answer below --unsure
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Model:
     """A trained model, to be called with texts, by any number of threads."""
 
@@ -61,16 +61,17 @@ class Model:
         self.lock = Lock()
 
     def __call__(self, texts: list[str] | str, unsure=0.0, explained=False) -> list[dict]:
-        """Label, probability and all probabilities of each text; a str is one text.
-
-        A blank one's label is None, "unsure" below `unsure` percent; `explained` adds "words".
-        """
+        """The answer to each text (a str is one): None if blank, "unsure" below `unsure` percent."""
+        if unsure and not 1 < unsure <= 100:
+            raise InputError(f"unsure {unsure:g}: give percent, such as 80")
+        if unsure and UNSURE in self.label_names:
+            raise InputError(f"--unsure: {UNSURE!r} is a label of {self.path}; leave it out")
         texts = [texts] if isinstance(texts, str) else [*texts]
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"{wrong[0]!r} is no text: give a list of str")
-        whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
+        texts = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
         nothing = {"label": None, "probability": None, "probabilities": {}}
-        answers = [{"text": text, **nothing} for text in whole]
+        answers = [{"text": text, **nothing} for text in texts]
         asked = [answer for answer in answers if not is_blank(answer["text"])]
         if not asked:
             return answers
@@ -577,38 +578,39 @@ def export(models: list[Model], args: Namespace) -> None:
     print(f"saved {args.export}")
 
 
-JOBS = {  # what replaces printing the answers, and the other flags that go with it
-    "label_column": (judge, {"file", "text_column", "unsure", "json", "output", "precision"}),
-    "output": (write_answers, {"file", "text_column", "unsure", "precision"}),
+TABLE = {"file", "text_column", "unsure", "precision"}
+JOBS = {  # what replaces printing the answers, and the flags that go with it
+    "label_column": (lambda *job: print(judge(*job)), TABLE | {"json", "output"}),
+    "output": (write_answers, TABLE),
     "glue": (write_glue, {"file", "text_column"}),
-    "web": (serve, {"text_column", "unsure", "port", "share", "precision"}),
+    "web": (serve, TABLE - {"file"} | {"port", "share"}),
     "export": (export, set()),
-    None: (None, {"sentences", "file", "text_column", "unsure", "json", "explain", "precision"}),
+    None: (None, TABLE | {"sentences", "json", "explain"}),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     job = check_flags(args)
-    is_exact = not args.file or args.explain or job not in (None, "output")
+    is_exact = not args.file or args.explain or job == "glue"
+    is_typed = not (args.sentences or args.file) and sys.stdin and sys.stdin.isatty()
+    if job == "output" and is_typed:
+        raise InputError("--output needs a --file or a pipe")
     precision = args.precision or ("fp32" if is_exact else "auto")
     models = load_all(choose_models(args), args.base, precision)
-    if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
-        raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
+    for model in models:
+        model([], args.unsure)  # may refuse
     if sys.stdout.isatty() and not args.json:
         print(*map(describe_model, models), sep="\n")
     if args.explain and not (job or args.json):
         note("after a word: what it adds to the log-odds of the answer; 0.7 doubles the odds")
-    if job == "label_column":
-        print(judge(models, args))
-    elif job:
+    if job:
         JOBS[job][0](models, args)
-    elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
+    elif is_typed:
         prompt(models, args)
     else:
         texts, _ = read_texts(models, args, sys.stdout.isatty() or None)  # no bar there
-        headed = len(args.sentences) != 1 or args.file is not None
-        answer_all(models, texts, args, headed)
+        answer_all(models, texts, args, headed=len(args.sentences) != 1 or bool(args.file))
 
 
 def make_parser() -> Parser:
@@ -622,17 +624,15 @@ def make_parser() -> Parser:
     add("--explain", **switch, help="show what each word does")
     add("--unsure", type=float, default=0.0, metavar="N", help='"unsure" below N percent (0: never)')
     add("--precision", choices=["auto", "fp32", "bf16"], help="(auto for --file, else fp32)")
-    add = parser.add_argument_group("answer a table").add_argument
+    add = parser.add_argument_group("answer a table, or judge by it").add_argument
     add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
     add("--text-column", metavar="NAME", help="(as in training, or text, ...)")
     add("--output", type=Path, metavar="FILE", help=f"rows and answers ({', '.join(ENDINGS)})")
-    add = parser.add_argument_group("judge").add_argument
     add("--label-column", metavar="NAME", help="compare with this column of --file")
-    add = parser.add_argument_group("page").add_argument
+    add = parser.add_argument_group("page and export").add_argument
     add("--web", **switch, help="open a page on this machine")
     add("--port", type=int, metavar="N", help="of the page (7860 or a later one)")
     add("--share", **switch, help="by a public link, too")
-    add = parser.add_argument_group("export").add_argument
     add("--export", type=Path, metavar="FOLDER", help="write the merged model")
     add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
     return parser
@@ -644,12 +644,10 @@ def check_flags(args: Namespace) -> str | None:
     job = next((name for name in JOBS if name in given), None)
     if extra := sorted(given - JOBS[job][1] - {job, "model", "base"}):
         first, *others = [f"--{name.replace('_', '-')}" for name in (job or "web", *extra)]
-        how = "does not go with" if job else "is missing for"
-        raise InputError(f"{first} {how} {listed(others)}; see --help")
-    if job == "label_column" and not (args.label_column and args.file and is_table(args.file)):
+        others = listed(others).replace("--sentences", "SENTENCE")
+        raise InputError(f"{first} {'does not go with' if job else 'is missing for'} {others}; see --help")
+    if job == "label_column" and not (args.label_column and is_table(args.file)):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
-    if args.unsure and not 1 < args.unsure <= 100:
-        raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output and args.output.suffix.lower() not in ENDINGS:
         raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
     for flag in ("output", "glue", "export"):

@@ -410,10 +410,9 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(here, tmp_path, monkeypat
         ("--file t.csv --output no_folder.txt/a.csv", ["no_folder.txt"]),
         ("--file t.csv --output there.csv --label-column label", ["there.csv"]),
         ("--file t.csv --output a.csv --json", ["--output", "--json"]),
-        ("--file t.csv --output a.csv sentence", ["--output", "sentences"]),
+        ("--file t.csv --output a.csv sentence", ["--output", "SENTENCE"]),
+        ("--output a.csv", ["--output", "--file"]),
         ("--file t.csv --web", ["--web", "--file"]),
-        ("--file t.csv --unsure 0.8", ["0.8"]),
-        ("--unsure 101 sentence", ["101"]),
         ("--file t.csv --unsure 50 --glue a.tsv", ["--glue", "--unsure"]),
         ("--file t.csv --label-column=", ["--label-column"]),
         ("--label-column label", ["--label-column"]),
@@ -443,7 +442,7 @@ def test_unsure_is_the_answer_below_the_given_probability_everywhere(here, tmp_p
     table = write_csv(tmp_path / "t.csv", [(text, "positive") for text in texts])
     ask(*question, "--file", table, "--output", tmp_path / "a.csv", "--precision", "fp32")
     assert [row[-2] == "unsure" for row in read_csv(tmp_path / "a.csv")[1:]] == below
-    (found,) = judge(table, "--unsure", limit)
+    (found,) = judge(table, "--unsure", limit, "--precision", "fp32")
     assert found["unsure"] == sum(below) and found["total"] == len(texts) - sum(below)
 
 

@@ -18,6 +18,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import lora_scratch
 from lora_scratch import InputError
@@ -172,6 +173,8 @@ def test_any_texts_are_answered_and_nothing_else(adapters) -> None:
     for wrong in (None, 1.5, b"I loved it"):
         with pytest.raises(TypeError, match=re.escape(repr(wrong))):
             model(["I loved it", wrong])
+    refused(lambda: model([], unsure=0.8), 0.8)  # percent
+    assert len(repr(model)) < 200 and len({model, model}) == 1
 
 
 VISIBLE = ["c’est\xa0bien", "می\u200cخواهم", "\U0001f469\u200d\U0001f467 \u2764\ufe0f"]
@@ -209,10 +212,8 @@ def test_answers_come_in_order_and_equal_the_unmerged_model(model, here, tmp_pat
 
 def test_16_bits_are_for_files_and_change_no_label(here, tmp_path, monkeypatch) -> None:
     """Of these sentences; half-way between two labels one may fall to the other side."""
-    load, asked = playground.prepare_machine, []
-    monkeypatch.setattr(
-        playground, "prepare_machine", lambda args: asked.append(args.precision) or load(args)
-    )
+    asked = Mock(wraps=playground.prepare_machine)
+    monkeypatch.setattr(playground, "prepare_machine", asked)
     rows = ask_json("--model", SCRATCH, *TEXTS)
     lines = "".join(f"{row['text']}\t{row['label']}\n" for row in rows)
     question = ["--model", SCRATCH, "--file", write(tmp_path / "t.tsv", f"text\tlabel\n{lines}")]
@@ -221,7 +222,7 @@ def test_16_bits_are_for_files_and_change_no_label(here, tmp_path, monkeypatch) 
         assert row["probability"] == pytest.approx(other["probability"], abs=0.03)
     for more in ([], ["--output", tmp_path / "a.csv"], ["--label-column", "label"]):
         ask(*question, *more)
-    assert asked == ["fp32", "bf16", "auto", "auto", "fp32"]
+    assert [call.args[0].precision for call in asked.call_args_list] == ["fp32", "bf16", *["auto"] * 3]
 
 
 def test_models_on_one_base_share_it_and_answer_as_alone(here, tiny_base, tmp_path) -> None:
@@ -466,7 +467,7 @@ def test_glue_writes_a_row_for_every_sentence(name, here, tmp_path) -> None:
         (f"--model S --model {PEFT} --export new", [SCRATCH, PEFT]),
         ("--model S --export t", ["--export t"]),
         ("--model S --export t/test.txt", ["test.txt"]),
-        ("--model S --export new film", ["--export", "sentences"]),
+        ("--model S --export new film", ["--export", "SENTENCE"]),
         ("--model S --web", ["pip install -r tests/requirements-web.txt"]),
     ],
 )
@@ -548,6 +549,6 @@ def test_a_base_that_has_moved_is_found_and_another_is_refused(here, tiny_base, 
 @pytest.mark.slow
 def test_several_processes_say_a_mistake_once(tmp_path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "--local-ranks-filter", "0", SCRIPT, "--unsure", "101", "film"]
+    command = [*torchrun, "--local-ranks-filter", "0", SCRIPT, "film"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "101" in done.stderr
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "--model" in done.stderr
