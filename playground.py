@@ -23,6 +23,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from html import escape
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
@@ -90,11 +91,11 @@ class Model:
 
     @property
     def accuracy(self) -> str:
-        """How often it was right in validation, if its file knows."""
-        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old, or of --folds
-            last = self.facts["record"]["epochs"][-1]
-            right, wrong = last["correct"], last["total"] - last["correct"]
-            result = score(torch.tensor([[right, wrong], [0, 0]]))
+        """How often it was right on unseen rows, if its file knows."""
+        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old
+            record = self.facts["record"]
+            found = record.get("unseen") or record["epochs"][-1]  # the former with --folds
+            result = score(torch.tensor([[found["correct"], found["total"] - found["correct"]], [0, 0]]))
             return "{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}".format(**result)
         return "accuracy unknown"
 
@@ -297,8 +298,10 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    folders = args.file.resolve().parents[:2] if args.file.name.lower().startswith("train") else ()
-    if model.data.exists() and model.data.resolve() in (args.file.resolve(), *folders):
+    inside = chain(model.data.glob("*"), model.data.glob("data/*"))
+    seen = [one for one in inside if re.match(r"train(ing)?[-.]", one.name.lower())]
+    seen = filter(Path.exists, (model.data, *seen))
+    if any(args.file.samefile(one) or cmp(args.file, one, False) for one in seen):  # or a copy
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))
@@ -333,9 +336,8 @@ def judgement(model: Model, judged, args: Namespace) -> str:
     wrong = errors[:10].reset_index().to_dict("records")  # or the label is wrong
     best = judged["probabilities"].map(lambda p: max(p, key=p.get))
     fate, tried = (best == judged["given"]).map({True: "found", False: "missed"}), []
-    is_asked = args.unsure or len(model.label_names) == 2
-    limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure} if is_asked else ()
-    for limit in sorted(limits):
+    limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure}
+    for limit in sorted(limits if args.unsure or len(model.label_names) == 2 else ()):
         fates = crosstab(judged["given"], fate.where(judged["probability"] >= limit / 100, UNSURE))
         fates = fates.reindex(names, columns=["found", "missed", UNSURE], fill_value=0)
         right, missed, _ = map(int, fates.sum())
@@ -379,8 +381,7 @@ def write_answers(models: list[Model], args: Namespace, texts=None, table=None, 
     if texts is None:
         parts, table = read_texts(models, args)
         texts = [*chain(*parts)]
-    if table is None:
-        table = pandas.DataFrame({"text": texts}, dtype=str)
+    table = pandas.DataFrame({"text": texts}, dtype=str) if table is None else table
     answers = [[{"label": None, "probability": None}] * len(table) for _ in models]
 
     def ask() -> None:
@@ -453,38 +454,39 @@ def write_table(path: Path, table, whole, args: Namespace) -> None:
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
         # Its own line end is \r\n, so it quotes or refuses both characters
         unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
-        header = table.attrs.get("header", table.columns)
-        header = [*header, *whole.columns[len(header) :]]
+        header = [*table.attrs.get("header", table), *whole.columns[len(table.columns) :]]
         csv.writer(unix, **how).writerows(chain([header], rows))
 
 
 def serve(models: list[Model], args: Namespace) -> None:
     """Open a page: a sentence and its words, or a file and its answers."""
-    folder = tempfile.TemporaryDirectory()  # uploads and answers are gone when the page is
+    folder, facts = tempfile.TemporaryDirectory(), models[0].facts  # its files go with the page
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     with refusing("--web needs Gradio", "pip install -r tests/requirements-web.txt"):
         import gradio
+    ours = rf"(--output )?{re.escape(folder.name)}/\w+/|(;|, or)? ([Ss]ee|say) --\w+-column.*"
 
     def ask(text: str) -> list:
         return [as_html(model(text, args.unsure, explained=True)[0], model) for model in models]
 
     def answer_file(name: str) -> list:
-        own, trained = Namespace(**vars(args) | {"file": Path(name)}), models[0].facts
+        own = {"file": Path(name), "label_column": facts.get("label_column")}
+        own = Namespace(**vars(args) | own)
         suffix = next((one for one in ENDINGS if f"{one}." in f"{name.lower()}."), ".csv")
         own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
-        own.label_column, judged = trained.get("label_column"), ""
         try:
-            with suppress(InputError), redirect_stderr(io.StringIO()) as notes:  # no labels
-                judged = f"{judge(models, own)}\n{notes.getvalue()}"
+            with redirect_stderr(io.StringIO()) as notes:
+                judged = judge(models, own) if is_table(own.file) else ""
+        except InputError as error:
+            judged, own.label_column = f"not judged: {error}", None
+        try:
             if not own.output.exists():
-                own.label_column = None
                 write_answers(models, own)
         except InputError as error:
-            said = str(error).replace(name, own.file.name).replace(f"--output {own.output}", "a file")
-            said = re.sub("([Ss]ee|say) --.*", f"name its column {trained.get('text_column')!r}", said)
-            raise gradio.Error(said, print_exception=False) from error
+            raise gradio.Error(re.sub(ours, "", str(error)), print_exception=False) from error
+        said = escape(re.sub(ours, "", f"{judged}\n{notes.getvalue()}"))
         rows = read_file(own.output)[:10].astype(str).iloc[:, ::-1]  # for a phone, answers first
-        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{escape(judged)}</pre>"]
+        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{said}</pre>"]
 
     with gradio.Blocks(title="LoRA playground") as page, folder:
         about = [f"<p>{escape(describe_model(model))}</p>" for model in models]
@@ -493,7 +495,8 @@ def serve(models: list[Model], args: Namespace) -> None:
         parts = [gradio.HTML() for _ in models]
         text.submit(ask, text, parts, concurrency_id="models")
         gradio.HTML("Beside a word: its part of the answer's log-odds; green for it, red against.")
-        file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
+        wanted = f"Lines, or a table with a column {facts.get('text_column', 'text')!r}"
+        file = gradio.File(label=wanted, file_types=[".txt", ".gz", *FORMATS])
         found = [gradio.File(label="With answers"), gradio.Dataframe(label="First rows"), gradio.HTML()]
         file.upload(answer_file, file, found, concurrency_id="models")
         share = args.share or "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
@@ -504,8 +507,7 @@ def serve(models: list[Model], args: Namespace) -> None:
 
 def as_html(answer: dict, model: Model) -> str:
     """The answer, the likeliest labels as bars, and the words in colour."""
-    said = escape(in_words({**answer, "words": []}, model))
-    shown = [f"<div>{escape(model.name)}</div><h3>{said}</h3>"]
+    shown = [f"<div>{escape(model.name)}</div><h3>{escape(in_words(answer | {'words': []}, model))}</h3>"]
     for label, p in sorted(answer["probabilities"].items(), key=lambda one: -one[1])[:5]:
         shown.append(f"<div><meter value={p}></meter> {escape(visible(label))} {100 * p:.1f} %</div>")
     for word, effect in answer.get("words", []):
