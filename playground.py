@@ -168,9 +168,11 @@ def describe_model(model: Model) -> str:
 def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
     """The sentences, some at a time, and the table that has them."""
     texts, later, table = args.sentences, (), None
-    if args.file and is_table(args.file):
+    if is_table(args.file):
         table = read_file(args.file)
-        found = read_rows(args.file, table, choose_text(models, args, table))["text"]  # not blank
+        column = choose_text(models, args, table)
+        with redirect_stderr(io.StringIO()):  # no row is left out
+            found = read_rows(args.file, table, column)["text"]
         texts = [*texts, *found.reindex(table.index + 1, fill_value="")]
     elif args.file not in (None, Path("-")):
         with refusing(f"{args.file} cannot be read", "give lines of text or a table"):
@@ -422,22 +424,21 @@ def write_answers(models: list[Model], args: Namespace, texts=None, table=None, 
 def write_table(path: Path, table, whole, args: Namespace) -> None:
     """Write a table with its answers in the format of --output."""
     import pandas
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import Schema, Table, field, parquet
 
     suffix, source = args.output.suffix.lower(), str(args.file).lower().removesuffix(".gz")
     if suffix == ".parquet":  # with the types and names of --file
-        schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
+        schema = Schema.from_pandas(table, preserve_index=False).remove_metadata()
         if source.endswith(suffix):
-            schema = parquet.read_schema(args.file)
+            schema = parquet.ParquetDataset(args.file).schema
         kinds = cycle(["string", "float64", "bool"][: 3 if args.label_column else 2])
         for name, kind in zip(whole.columns[len(schema) :], kinds, strict=False):
-            schema = schema.append(pyarrow.field(name, kind))
+            schema = schema.append(field(name, kind))
         whole = whole.set_axis(schema.names, axis=1)  # with their spaces
-        whole = pyarrow.Table.from_pandas(whole, schema, preserve_index=False)
+        whole = Table.from_pandas(whole, schema, preserve_index=False)
         return parquet.write_table(whole.replace_schema_metadata(schema.metadata), path)
-    plain = {name: column.tolist() for name, column in whole.items()}
-    plain = pandas.DataFrame(plain, dtype=object)
+    columns = (column.tolist() for _, column in whole.items())  # two may have one name
+    plain = pandas.DataFrame(dict(enumerate(columns)), dtype=object)
     if suffix != ".jsonl" or not source.endswith((".json", ".jsonl")):
         plain = plain.where(plain.notna(), None)
     rows = plain.itertuples(index=False, name=None)
@@ -445,8 +446,7 @@ def write_table(path: Path, table, whole, args: Namespace) -> None:
     with open(path, "w", encoding=encoding, newline="") as file:
         if suffix == ".jsonl":
             for row in rows:  # NA: what a row of a JSON file lacks
-                cells = zip(plain, row, strict=True)
-                row = {name: cell for name, cell in cells if cell is not pandas.NA}
+                row = {name: x for name, x in zip(whole, row, strict=True) if x is not pandas.NA}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             return
         how = {"delimiter": table.attrs.get("separator", ",") if source.endswith(".csv") else ","}

@@ -275,16 +275,17 @@ def test_two_models_are_compared_where_they_differ(here, tiny_base, tiny_data, t
     assert SCRATCH in said and "0.062" in said and "better" not in said
 
 
-def test_a_csv_keeps_every_column_row_and_character(here, tmp_path) -> None:
-    header = ("", "label", "text", "", "label", " spaced ")
+def test_a_csv_keeps_every_column_row_and_character(here, tmp_path, capsys) -> None:
+    header = ("", "label", "text", "", "label", " spaced ", "label (column 5)")
     rows = [
-        ("1", "NA", 'a "warm" film, and\nfunny', "007", "null", "é"),
-        ("2", "", "   ", "1.50", "NaN", ""),
-        ("3", "x", "I hated it", "1e5", "-", "\t"),
+        ("1", "NA", 'a "warm" film, and\nfunny', "007", "null", "é", "a"),
+        ("2", "", "   ", "1.50", "NaN", "", ""),
+        ("3", "x", "I hated it", "1e5", "-", "\t", "b"),
     ]
     question = [*HERE, write_csv(tmp_path / "t.csv", rows, header), "--text-column", "text"]
     question += ["--precision", "fp32"]
     assert "a.csv" in ask(*question, "--output", tmp_path / "new" / "a.csv")
+    assert "left out" not in capsys.readouterr().err
     found = read_csv(tmp_path / "new" / "a.csv")
     assert found[0] == [*header, "model_label", "model_probability"]
     assert [tuple(row[:-2]) for row in found[1:]] == rows
@@ -375,7 +376,7 @@ def test_parquet_keeps_its_types_and_other_formats_its_values(here, tmp_path) ->
         " spaced ": ["a", "b", None],
     }
     table = pyarrow.table(columns)
-    parquet.write_table(table, tmp_path / "t.parquet")
+    parquet.write_table(table, write(tmp_path / "t.parquet/_SUCCESS", "").with_name("0.parquet"))  # Spark's
     for ending in ("parquet", "jsonl", "csv"):
         ask(*HERE, tmp_path / "t.parquet", "--output", tmp_path / f"a.{ending}")
     found = parquet.read_table(tmp_path / "a.parquet")
