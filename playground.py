@@ -23,6 +23,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from html import escape
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
@@ -45,7 +46,7 @@ UNSURE = "unsure"  # the answer below --unsure
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # of --output
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Model:
     """A trained model, to be called with texts, by any number of threads."""
 
@@ -61,16 +62,17 @@ class Model:
         self.lock = Lock()
 
     def __call__(self, texts: list[str] | str, unsure=0.0, explained=False) -> list[dict]:
-        """Label, probability and all probabilities of each text; a str is one text.
-
-        A blank one's label is None, "unsure" below `unsure` percent; `explained` adds "words".
-        """
+        """The answer to each text (a str is one): None if blank, "unsure" below `unsure` percent."""
+        if unsure and not 1 < unsure <= 100:
+            raise InputError(f"unsure {unsure:g}: give percent, such as 80")
+        if unsure and UNSURE in self.label_names:
+            raise InputError(f"--unsure: {UNSURE!r} is a label of {self.path}; leave it out")
         texts = [texts] if isinstance(texts, str) else [*texts]
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"{wrong[0]!r} is no text: give a list of str")
-        whole = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
+        texts = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]  # no half characters
         nothing = {"label": None, "probability": None, "probabilities": {}}
-        answers = [{"text": text, **nothing} for text in whole]
+        answers = [{"text": text, **nothing} for text in texts]
         asked = [answer for answer in answers if not is_blank(answer["text"])]
         if not asked:
             return answers
@@ -89,11 +91,11 @@ class Model:
 
     @property
     def accuracy(self) -> str:
-        """How often it was right in validation, if its file knows."""
-        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old, or of --folds
-            last = self.facts["record"]["epochs"][-1]
-            right, wrong = last["correct"], last["total"] - last["correct"]
-            result = score(torch.tensor([[right, wrong], [0, 0]]))
+        """How often it was right on unseen rows, if its file knows."""
+        with suppress(LookupError, TypeError, ArithmeticError):  # it may be old
+            record = self.facts["record"]
+            found = record.get("unseen") or record["epochs"][-1]  # the former with --folds
+            result = score(torch.tensor([[found["correct"], found["total"] - found["correct"]], [0, 0]]))
             return "{text}, 95 % between {interval[0]:.0f} and {interval[1]:.0f}".format(**result)
         return "accuracy unknown"
 
@@ -118,7 +120,8 @@ class Model:
         logits, encoded = self.logits([text, *masked])
         while words and encoded["input_ids"][len(words)] == encoded["input_ids"][0]:
             words.pop()  # unchanged without it: it was cut off
-        odds = logits.double().softmax(dim=1)[:, logits[0].argmax()].logit(eps=1e-12)
+        logits, best = logits.double(), logits[0].argmax()
+        odds = logits[:, best] - logits.index_fill(1, best, -torch.inf).logsumexp(dim=1)
         effects = (odds[0] - odds[1:]).tolist()
         return [(word[0], round(effect, 4)) for word, effect in zip(words, effects, strict=False)]
 
@@ -165,9 +168,11 @@ def describe_model(model: Model) -> str:
 def read_texts(models: list[Model], args: Namespace, disable=None) -> tuple[Iterator, object]:
     """The sentences, some at a time, and the table that has them."""
     texts, later, table = args.sentences, (), None
-    if args.file and is_table(args.file):
+    if is_table(args.file):
         table = read_file(args.file)
-        found = read_rows(args.file, table, choose_text(models, args, table))["text"]  # not blank
+        column = choose_text(models, args, table)
+        with redirect_stderr(io.StringIO()):  # no row is left out
+            found = read_rows(args.file, table, column)["text"]
         texts = [*texts, *found.reindex(table.index + 1, fill_value="")]
     elif args.file not in (None, Path("-")):
         with refusing(f"{args.file} cannot be read", "give lines of text or a table"):
@@ -295,8 +300,10 @@ def translate_labels(model: Model, labels, args: Namespace):
     names, counts = model.label_names, labels.value_counts()
     if args.unsure and UNSURE in counts:
         raise InputError(f"--unsure: {UNSURE!r} is a label of {args.file}; leave it out")
-    folders = args.file.resolve().parents[:2] if args.file.name.lower().startswith("train") else ()
-    if model.data.exists() and model.data.resolve() in (args.file.resolve(), *folders):
+    inside = chain(model.data.glob("*"), model.data.glob("data/*"))
+    seen = [one for one in inside if re.match(r"train(ing)?[-.]", one.name.lower())]
+    seen = filter(Path.exists, (model.data, *seen))
+    if any(args.file.samefile(one) or cmp(args.file, one, False) for one in seen):  # or a copy
         note(f"{args.file}: {model.name} was trained on it, so the accuracy is too high")
     same = {name: name for name in names}
     trained = dict(zip(model.facts.get("labels", names), names, strict=False))
@@ -331,9 +338,8 @@ def judgement(model: Model, judged, args: Namespace) -> str:
     wrong = errors[:10].reset_index().to_dict("records")  # or the label is wrong
     best = judged["probabilities"].map(lambda p: max(p, key=p.get))
     fate, tried = (best == judged["given"]).map({True: "found", False: "missed"}), []
-    is_asked = args.unsure or len(model.label_names) == 2
-    limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure} if is_asked else ()
-    for limit in sorted(limits):
+    limits = {0, 50, 60, 70, 80, 90, 95, 99, args.unsure}
+    for limit in sorted(limits if args.unsure or len(model.label_names) == 2 else ()):
         fates = crosstab(judged["given"], fate.where(judged["probability"] >= limit / 100, UNSURE))
         fates = fates.reindex(names, columns=["found", "missed", UNSURE], fill_value=0)
         right, missed, _ = map(int, fates.sum())
@@ -377,8 +383,7 @@ def write_answers(models: list[Model], args: Namespace, texts=None, table=None, 
     if texts is None:
         parts, table = read_texts(models, args)
         texts = [*chain(*parts)]
-    if table is None:
-        table = pandas.DataFrame({"text": texts}, dtype=str)
+    table = pandas.DataFrame({"text": texts}, dtype=str) if table is None else table
     answers = [[{"label": None, "probability": None}] * len(table) for _ in models]
 
     def ask() -> None:
@@ -419,22 +424,21 @@ def write_answers(models: list[Model], args: Namespace, texts=None, table=None, 
 def write_table(path: Path, table, whole, args: Namespace) -> None:
     """Write a table with its answers in the format of --output."""
     import pandas
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import Schema, Table, field, parquet
 
     suffix, source = args.output.suffix.lower(), str(args.file).lower().removesuffix(".gz")
     if suffix == ".parquet":  # with the types and names of --file
-        schema = pyarrow.Schema.from_pandas(table, preserve_index=False).remove_metadata()
+        schema = Schema.from_pandas(table, preserve_index=False).remove_metadata()
         if source.endswith(suffix):
-            schema = parquet.read_schema(args.file)
+            schema = parquet.ParquetDataset(args.file).schema
         kinds = cycle(["string", "float64", "bool"][: 3 if args.label_column else 2])
         for name, kind in zip(whole.columns[len(schema) :], kinds, strict=False):
-            schema = schema.append(pyarrow.field(name, kind))
+            schema = schema.append(field(name, kind))
         whole = whole.set_axis(schema.names, axis=1)  # with their spaces
-        whole = pyarrow.Table.from_pandas(whole, schema, preserve_index=False)
+        whole = Table.from_pandas(whole, schema, preserve_index=False)
         return parquet.write_table(whole.replace_schema_metadata(schema.metadata), path)
-    plain = {name: column.tolist() for name, column in whole.items()}
-    plain = pandas.DataFrame(plain, dtype=object)
+    columns = (column.tolist() for _, column in whole.items())  # two may have one name
+    plain = pandas.DataFrame(dict(enumerate(columns)), dtype=object)
     if suffix != ".jsonl" or not source.endswith((".json", ".jsonl")):
         plain = plain.where(plain.notna(), None)
     rows = plain.itertuples(index=False, name=None)
@@ -442,8 +446,7 @@ def write_table(path: Path, table, whole, args: Namespace) -> None:
     with open(path, "w", encoding=encoding, newline="") as file:
         if suffix == ".jsonl":
             for row in rows:  # NA: what a row of a JSON file lacks
-                cells = zip(plain, row, strict=True)
-                row = {name: cell for name, cell in cells if cell is not pandas.NA}
+                row = {name: x for name, x in zip(whole, row, strict=True) if x is not pandas.NA}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             return
         how = {"delimiter": table.attrs.get("separator", ",") if source.endswith(".csv") else ","}
@@ -451,38 +454,39 @@ def write_table(path: Path, table, whole, args: Namespace) -> None:
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
         # Its own line end is \r\n, so it quotes or refuses both characters
         unix = Namespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
-        header = table.attrs.get("header", table.columns)
-        header = [*header, *whole.columns[len(header) :]]
+        header = [*table.attrs.get("header", table), *whole.columns[len(table.columns) :]]
         csv.writer(unix, **how).writerows(chain([header], rows))
 
 
 def serve(models: list[Model], args: Namespace) -> None:
     """Open a page: a sentence and its words, or a file and its answers."""
-    folder = tempfile.TemporaryDirectory()  # uploads and answers are gone when the page is
+    folder, facts = tempfile.TemporaryDirectory(), models[0].facts  # its files go with the page
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     with refusing("--web needs Gradio", "pip install -r tests/requirements-web.txt"):
         import gradio
+    ours = rf"(--output )?{re.escape(folder.name)}/\w+/|(;|, or)? ([Ss]ee|say) --\w+-column.*"
 
     def ask(text: str) -> list:
         return [as_html(model(text, args.unsure, explained=True)[0], model) for model in models]
 
     def answer_file(name: str) -> list:
-        own, trained = Namespace(**vars(args) | {"file": Path(name)}), models[0].facts
+        own = {"file": Path(name), "label_column": facts.get("label_column")}
+        own = Namespace(**vars(args) | own)
         suffix = next((one for one in ENDINGS if f"{one}." in f"{name.lower()}."), ".csv")
         own.output = Path(tempfile.mkdtemp(dir=folder.name), f"answers{suffix}")
-        own.label_column, judged = trained.get("label_column"), ""
         try:
-            with suppress(InputError), redirect_stderr(io.StringIO()) as notes:  # no labels
-                judged = f"{judge(models, own)}\n{notes.getvalue()}"
+            with redirect_stderr(io.StringIO()) as notes:
+                judged = judge(models, own) if is_table(own.file) else ""
+        except InputError as error:
+            judged, own.label_column = f"not judged: {error}", None
+        try:
             if not own.output.exists():
-                own.label_column = None
                 write_answers(models, own)
         except InputError as error:
-            said = str(error).replace(name, own.file.name).replace(f"--output {own.output}", "a file")
-            said = re.sub("([Ss]ee|say) --.*", f"name its column {trained.get('text_column')!r}", said)
-            raise gradio.Error(said, print_exception=False) from error
+            raise gradio.Error(re.sub(ours, "", str(error)), print_exception=False) from error
+        said = escape(re.sub(ours, "", f"{judged}\n{notes.getvalue()}"))
         rows = read_file(own.output)[:10].astype(str).iloc[:, ::-1]  # for a phone, answers first
-        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{escape(judged)}</pre>"]
+        return [str(own.output), rows, f"<pre style='overflow-x: auto'>{said}</pre>"]
 
     with gradio.Blocks(title="LoRA playground") as page, folder:
         about = [f"<p>{escape(describe_model(model))}</p>" for model in models]
@@ -491,7 +495,8 @@ def serve(models: list[Model], args: Namespace) -> None:
         parts = [gradio.HTML() for _ in models]
         text.submit(ask, text, parts, concurrency_id="models")
         gradio.HTML("Beside a word: its part of the answer's log-odds; green for it, red against.")
-        file = gradio.File(label="Lines or a table", file_types=[".txt", ".gz", ".xlsx", *FORMATS])
+        wanted = f"Lines, or a table with a column {facts.get('text_column', 'text')!r}"
+        file = gradio.File(label=wanted, file_types=[".txt", ".gz", *FORMATS])
         found = [gradio.File(label="With answers"), gradio.Dataframe(label="First rows"), gradio.HTML()]
         file.upload(answer_file, file, found, concurrency_id="models")
         share = args.share or "COLAB_RELEASE_TAG" in os.environ  # the browser is elsewhere
@@ -502,8 +507,7 @@ def serve(models: list[Model], args: Namespace) -> None:
 
 def as_html(answer: dict, model: Model) -> str:
     """The answer, the likeliest labels as bars, and the words in colour."""
-    said = escape(in_words({**answer, "words": []}, model))
-    shown = [f"<div>{escape(model.name)}</div><h3>{said}</h3>"]
+    shown = [f"<div>{escape(model.name)}</div><h3>{escape(in_words(answer | {'words': []}, model))}</h3>"]
     for label, p in sorted(answer["probabilities"].items(), key=lambda one: -one[1])[:5]:
         shown.append(f"<div><meter value={p}></meter> {escape(visible(label))} {100 * p:.1f} %</div>")
     for word, effect in answer.get("words", []):
@@ -533,18 +537,18 @@ def write_glue(models: list[Model], args: Namespace) -> None:
 
 def card(model: Model) -> str:
     """What README.md says of an exported model."""
-    facts, record, labels = model.facts, model.facts["record"], listed(model.label_names)
+    facts, record = model.facts, model.facts["record"]
     name = Path(facts["base"]).name if Path(facts["base"]).exists() else facts["base"]
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-classification
 ---
-# Which of {labels}?
-`pipeline("text-classification", FOLDER, truncation=True)` cuts a text at {model.max_length} tokens
-and gives it one of the labels {labels}.
+# Which of these labels?
+    {listed(model.label_names)}
+Ask `pipeline("text-classification", FOLDER, truncation=True)`; it reads {model.max_length} tokens.
 - Base model: {visible(name)}; merged: LoRA of rank {facts["r"]} and alpha {facts["alpha"]:g}
-- Training: {visible(model.data.name)}, {len(record["epochs"])} epochs, rate {record["settings"]["lr"]:g}
+- Training: {visible(model.data.name)}, epochs: {len(record["epochs"])}, rate {record["settings"]["lr"]:g}
 - Validation: {model.accuracy}; temperature {record["temperature"]:.2f}
 - Versions: {listed([f"{key} {version}" for key, version in record["versions"].items()])}
 - Licence: yours to choose, if base model and data allow
@@ -561,14 +565,13 @@ def export(models: list[Model], args: Namespace) -> None:
 
     def write(temporary: Path) -> None:
         merged.base.model.save_pretrained(temporary)
-        if tokenizer.is_fast:  # so that other readers of tokenizer.json cut there, too
+        if tokenizer.is_fast:  # for other readers of its file, too
             tokenizer.backend_tokenizer.enable_truncation(merged.max_length)
         tokenizer.save_pretrained(temporary)
         with suppress(LookupError):  # an old file knows less
             (temporary / "README.md").write_text(card(merged), encoding="utf-8")
         pipeline = transformers.pipeline("text-classification", str(temporary), device="cpu")
-        found, _ = replace(merged, base=pipeline).logits(texts)
-        off = (found - expected).abs().max().item()
+        off = (replace(merged, base=pipeline).logits(texts)[0] - expected).abs().max().item()
         if not off <= 1e-3:  # NaN is not small
             raise InputError(f"--export: merging {merged.path} moves its logits by {off:.1e}; train again")
         print(f"the merged model's logits differ by at most {off:.1e}")
@@ -577,38 +580,39 @@ def export(models: list[Model], args: Namespace) -> None:
     print(f"saved {args.export}")
 
 
-JOBS = {  # what replaces printing the answers, and the other flags that go with it
-    "label_column": (judge, {"file", "text_column", "unsure", "json", "output", "precision"}),
-    "output": (write_answers, {"file", "text_column", "unsure", "precision"}),
+TABLE = {"file", "text_column", "unsure", "precision"}
+JOBS = {  # what replaces printing the answers, and the flags that go with it
+    "label_column": (lambda *job: print(judge(*job)), TABLE | {"json", "output"}),
+    "output": (write_answers, TABLE),
     "glue": (write_glue, {"file", "text_column"}),
-    "web": (serve, {"text_column", "unsure", "port", "share", "precision"}),
+    "web": (serve, TABLE - {"file"} | {"port", "share"}),
     "export": (export, set()),
-    None: (None, {"sentences", "file", "text_column", "unsure", "json", "explain", "precision"}),
+    None: (None, TABLE | {"sentences", "json", "explain"}),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     job = check_flags(args)
-    is_exact = not args.file or args.explain or job not in (None, "output")
+    is_exact = not args.file or args.explain or job == "glue"
+    is_typed = not (args.sentences or args.file) and sys.stdin and sys.stdin.isatty()
+    if job == "output" and is_typed:
+        raise InputError("--output needs a --file or a pipe")
     precision = args.precision or ("fp32" if is_exact else "auto")
     models = load_all(choose_models(args), args.base, precision)
-    if args.unsure and (clash := [model.path for model in models if UNSURE in model.label_names]):
-        raise InputError(f"--unsure: {UNSURE!r} is a label of {clash[0]}; leave it out")
+    for model in models:
+        model([], args.unsure)  # may refuse
     if sys.stdout.isatty() and not args.json:
         print(*map(describe_model, models), sep="\n")
     if args.explain and not (job or args.json):
         note("after a word: what it adds to the log-odds of the answer; 0.7 doubles the odds")
-    if job == "label_column":
-        print(judge(models, args))
-    elif job:
+    if job:
         JOBS[job][0](models, args)
-    elif not args.sentences and not args.file and sys.stdin and sys.stdin.isatty():
+    elif is_typed:
         prompt(models, args)
     else:
         texts, _ = read_texts(models, args, sys.stdout.isatty() or None)  # no bar there
-        headed = len(args.sentences) != 1 or args.file is not None
-        answer_all(models, texts, args, headed)
+        answer_all(models, texts, args, headed=len(args.sentences) != 1 or bool(args.file))
 
 
 def make_parser() -> Parser:
@@ -622,17 +626,15 @@ def make_parser() -> Parser:
     add("--explain", **switch, help="show what each word does")
     add("--unsure", type=float, default=0.0, metavar="N", help='"unsure" below N percent (0: never)')
     add("--precision", choices=["auto", "fp32", "bf16"], help="(auto for --file, else fp32)")
-    add = parser.add_argument_group("answer a table").add_argument
+    add = parser.add_argument_group("answer a table, or judge by it").add_argument
     add("--file", type=Path, help=f"lines (-: standard input) or a table ({', '.join(FORMATS)})")
     add("--text-column", metavar="NAME", help="(as in training, or text, ...)")
     add("--output", type=Path, metavar="FILE", help=f"rows and answers ({', '.join(ENDINGS)})")
-    add = parser.add_argument_group("judge").add_argument
     add("--label-column", metavar="NAME", help="compare with this column of --file")
-    add = parser.add_argument_group("page").add_argument
+    add = parser.add_argument_group("page and export").add_argument
     add("--web", **switch, help="open a page on this machine")
     add("--port", type=int, metavar="N", help="of the page (7860 or a later one)")
     add("--share", **switch, help="by a public link, too")
-    add = parser.add_argument_group("export").add_argument
     add("--export", type=Path, metavar="FOLDER", help="write the merged model")
     add("--glue", type=Path, metavar="FILE", help="write GLUE's SST-2 submission")
     return parser
@@ -644,12 +646,10 @@ def check_flags(args: Namespace) -> str | None:
     job = next((name for name in JOBS if name in given), None)
     if extra := sorted(given - JOBS[job][1] - {job, "model", "base"}):
         first, *others = [f"--{name.replace('_', '-')}" for name in (job or "web", *extra)]
-        how = "does not go with" if job else "is missing for"
-        raise InputError(f"{first} {how} {listed(others)}; see --help")
-    if job == "label_column" and not (args.label_column and args.file and is_table(args.file)):
+        others = listed(others).replace("--sentences", "SENTENCE")
+        raise InputError(f"{first} {'does not go with' if job else 'is missing for'} {others}; see --help")
+    if job == "label_column" and not (args.label_column and is_table(args.file)):
         raise InputError(f"--label-column {args.label_column!r} needs a table in --file")
-    if args.unsure and not 1 < args.unsure <= 100:
-        raise InputError(f"--unsure {args.unsure:g}: give percent, such as 80")
     if args.output and args.output.suffix.lower() not in ENDINGS:
         raise InputError(f"--output {args.output}: end its name in {listed(ENDINGS)}")
     for flag in ("output", "glue", "export"):

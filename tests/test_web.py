@@ -91,24 +91,19 @@ def test_a_hostile_sentence_stays_text_and_nothing_comes_from_outside(page, addr
     assert page.requests and not outside
 
 
-def test_a_table_with_labels_is_judged_and_shown(page, tmp_path: Path) -> None:
-    table = write(tmp_path / "mine.csv", "text,label\nI loved it,positive\nI hated it,positive\n")
-    page.locator("input[type=file]").first.set_input_files(table)
-    page.expect(page.get_by_text("accuracy 50.00 % (1/2)").first).to_be_visible(**WAIT)
-    page.expect(page.get_by_text("agrees LoRA_peft").first).to_be_visible(**WAIT)
-    assert "row 3, given positive, answered negative" in page.locator("pre").inner_text()
-
-
-def test_a_dropped_file_comes_back_with_its_answers_or_a_message(page, tmp_path: Path) -> None:
-    table = write(tmp_path / "mine.csv", 'id,text\n007,"I loved it, twice"\n8,I hated it\n')
-    page.locator("input[type=file]").first.set_input_files(table)
+def test_a_dropped_file_is_judged_and_comes_back_or_a_message_does(page, tmp_path: Path) -> None:
+    rows = 'id,label,text\n007,positive,"I loved it, twice"\n8,positive,I hated it\n'
+    page.locator("input[type=file]").first.set_input_files(write(tmp_path / "mine.csv", rows))
     with page.expect_download(**WAIT) as download:
         page.locator("a[download^=answers]").last.click(**WAIT)
     with open(download.value.path(), encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file))
-    assert header[:4] == ["id", "text", "label LoRA_scratch", "probability LoRA_scratch"]
-    kept = [row[:3] for row in rows]
+    assert header[:5] == ["id", "label", "text", "label LoRA_scratch", "probability LoRA_scratch"]
+    kept = [[row[0], row[2], row[3]] for row in rows]
     assert kept == [["007", "I loved it, twice", "positive"], ["8", "I hated it", "negative"]]
+    page.expect(page.get_by_text("accuracy 50.00 % (1/2)").first).to_be_visible(**WAIT)
+    page.expect(page.get_by_text("agrees LoRA_peft").first).to_be_visible(**WAIT)
+    assert "row 3, given positive, answered negative" in page.locator("pre").inner_text()
     page.reload()
     page.locator("input[type=file]").first.set_input_files(write(tmp_path / "bad.csv", "a,b,c\n1,2,3\n"))
-    page.get_by_text("name its column 'sentence'").first.wait_for(**WAIT)
+    page.get_by_text("bad.csv: which of a, b, c is the text?").first.wait_for(**WAIT)

@@ -29,8 +29,8 @@ def train(args, rows: DataFrame, seed: int, folder: Path) -> dict:
 
 def honest(args, rows: DataFrame, test: Path, seed: int, folder: Path) -> dict:
     record = train(args, rows[: args.rows], seed, folder)
-    judge = ["--model", folder / "a.pt", "--file", test, "--label-column", "label", "--json"]
-    later = json.loads(measure.run_process([measure.ROOT / "playground.py", *judge]).printed)
+    judge = ["--model", folder / "a.pt", "--file", test, "--label-column", "label", "--precision", "fp32"]
+    later = json.loads(measure.run_process([measure.ROOT / "playground.py", *judge, "--json"]).printed)
     found = {key: record["result"][key] for key in ("correct", "total", "accuracy", "interval", "macro_f1")}
     found |= {"half": record["parts"][0]["accuracy"], "half_rows": record["parts"][0]["rows"]}
     found |= {"later": later["accuracy"], "later_macro_f1": later["macro_f1"]}
