@@ -874,7 +874,7 @@ class TrainingState:
             raise InputError(f"step {done}: not finite; lower --lr {self.args.lr:g}")
 
     def report(self, done: int) -> None:
-        """Show the loss of the last steps, on a bar or now and then a line."""
+        """Show the loss of the last steps."""
         self.check_finite(done)  # rarely: it waits for the GPU
         seconds, every = time.perf_counter() - self.clock, self.args.log_every
         sentences = min((done - self.epoch_start) * self.args.batch_size, len(self.train_set))
@@ -1031,7 +1031,7 @@ def calibrate(model: nn.Module, logits: Tensor, labels) -> dict:
     own = [m for n, m in model.named_modules() if not re.search("lora_|original_module", n)]
     layer = [m for m in own if getattr(m, "out_features", 0) == model.config.num_labels][-1]
     tried, labels = [1.0], torch.tensor([*labels])
-    if len(labels) >= 10 and layer.weight.requires_grad:
+    if len(labels) >= 10 and layer.weight.requires_grad and (logits.argmax(dim=1) != labels).any():
         tried = torch.logspace(0, 1, 101).tolist()
     temperature = min(tried, key=lambda t: F.cross_entropy(logits / t, labels).item())
     for divided in (logits, *(parameter.data for parameter in layer.parameters())):
@@ -1105,7 +1105,7 @@ def finish(args: Namespace, record: dict, about: dict, rows: DataFrame, logits: 
         for number in range(args.folds + 1):
             Path(f"{args.output}.part{number}.state").unlink(missing_ok=True)
     elif len(rows) < 100:
-        note(f"{len(rows)} rows say little: --folds 5 judges all, by six trainings")
+        note(f"{len(rows)} rows say little: --folds 5 judges all, by six more")
     command = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name("playground.py"))]
     print("ask it:", shlex.join([*command, f"--model={args.output}", "A sentence."]))
 
