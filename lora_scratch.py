@@ -963,8 +963,8 @@ def contrast(output, inputs: dict, labels: Tensor) -> Tensor:
     It counts as the labels are learnt, wholly from half of chance's cross-entropy on.
     """
     *_, read, last = output.hidden_states
-    words = inputs["attention_mask"][:, None].float() @ read.float()  # their sum
-    both = torch.stack([last[:, 0].float(), words[:, 0]])  # (2, sentences, width)
+    mask = F.interpolate(inputs["attention_mask"][:, None].float(), read.shape[1])  # Funnel pools
+    both = torch.stack([last[:, 0].float(), (mask @ read.float())[:, 0]])  # (2, sentences, width)
     unit = F.normalize(both, dim=2)
     itself = torch.eye(len(labels), device=labels.device)
     logs = F.log_softmax(10 * unit @ unit.mT - 1e9 * itself, dim=2)  # (2, sentences, sentences)
@@ -1181,8 +1181,8 @@ def make_parser(description: str, output: str) -> ArgumentParser:
         text += f" ({default:g})" if default else ""
         add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=text)
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there (auto)")
-    add("--precision", choices=["auto", *TYPES], default="auto", help="16 bits where quick (auto)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="CUDA if there")
+    add("--precision", choices=["auto", *TYPES], default="auto", help="16 bits where quick")
     add("--resume", **switch, help="go on from the state beside --output")
     add("--output", type=Path, help=f"where the result goes ({output.format('DATA')})")
     add("--overwrite", **switch, help="replace what was made from other data")
@@ -1235,7 +1235,7 @@ def choose_recipe(args: Namespace, rows: int, labels: int) -> Namespace:
 
 
 def check_output(args: Namespace, is_file: bool) -> None:
-    """Hold the place of the result; refuse what cannot be written, or other work there."""
+    """Hold the place of the result; refuse other work there."""
     output, remedy = args.output, "name another, or add --overwrite"
     with refusing(f"--output {visible(output)}: cannot write there", remedy):
         if is_file and output.suffix != ".pt":
@@ -1275,7 +1275,7 @@ def prepare_machine(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """Device and type to compute in; sets threads, joins torchrun."""
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     if not has_gpu and (args.device == "cuda" or args.precision == "fp16"):
-        raise InputError(f"--device {args.device} --precision {args.precision}: no GPU; see --device cpu")
+        raise InputError(f"--device {args.device} --precision {args.precision}: no GPU; --device cpu, fp32")
     if args.threads:
         torch.set_num_threads(args.threads)
     if dist.is_torchelastic_launched():

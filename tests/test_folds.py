@@ -153,6 +153,6 @@ def test_the_contrastive_term_is_equation_2(sure, labels) -> None:
 def test_one_sentence_of_a_kind_costs_no_gradient() -> None:
     hidden = torch.randn(3, 2, 8, requires_grad=True)
     output = type("Output", (), {"hidden_states": [hidden, hidden], "logits": 5 * torch.eye(3)})
-    mask = {"attention_mask": torch.ones(3, 2)}
+    mask = {"attention_mask": torch.ones(3, 4)}  # of which Funnel, say, makes two
     lora_scratch.contrast(output, mask, torch.tensor([0, 1, 2])).backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
